@@ -1,0 +1,33 @@
+"""The two ways a command ends badly: the user's mistake and the machine's fault.
+
+Both are one line: they name the thing, its value, and the nearest right one.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a config or a command: one line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class MachineFault(Exception):
+    """A fault of the machine (disk full, folder not writable): one line on stderr, exit code 1."""
+
+    exit_code = 1
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` for the option closest to `name`, else `; one of a, b, c`."""
+    options = list(options)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; one of {', '.join(options)}" if options else ""
+
+
+def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
+    """Returns the error for a name that is in no list, e.g. `unknown norm 'bach_norm'; did ...`."""
+    return UserError(f"unknown {what} {name!r}{nearest(name, options)}")
