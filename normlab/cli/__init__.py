@@ -1,0 +1,112 @@
+"""The command line. `normlab` and `python -m normlab` are the same; one module a command.
+
+Exit codes: 0; 1 a fault of the machine; 2 a mistake in config or command; 3 diverged; 130 and 143
+interrupted. A mistake is one line on stderr that names the thing and the nearest right one.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from normlab.environment import reexecute
+from normlab.errors import MachineFault, UserError, unknown
+
+COMMANDS = ("train", "compare", "eval", "report", "status", "inspect", "list")
+_COMPUTING = ("train", "compare", "eval")
+
+
+def entry() -> NoReturn:
+    """Runs the command in sys.argv, in the environment that makes training fast, and exits."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in _COMPUTING:
+        reexecute(arguments)
+    sys.exit(main(arguments))
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; returns its exit code. Never raises for a mistake or a machine's fault."""
+    try:
+        return _dispatch(arguments)
+    except (UserError, MachineFault) as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is not None:
+            return _fail(str(error), code)
+        fault = _machine_fault(error)
+        if fault is None:
+            raise
+        return _fail(fault, 1)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _Parser(prog="normlab", description="A laboratory for normalization experiments.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    modules = {}
+    for name in COMMANDS:
+        module = modules[name] = importlib.import_module(f"normlab.cli.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(overrides={}, takes_config=module.__dict__.get("TAKES_CONFIG", False))
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise unknown("command", arguments[0], COMMANDS)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not parsed.takes_config:
+        raise _unknown_argument(rest[0], commands.choices[parsed.command])
+    parsed.overrides = _overrides(rest, commands.choices[parsed.command])
+    return modules[parsed.command].main(parsed)
+
+
+def _overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Returns {dotted name: text} from `--config.a.b=value`, `--config.a.b value` and `--config.flag`."""
+    overrides: dict[str, str] = {}
+    queue = list(rest)
+    while queue:
+        argument = queue.pop(0)
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--config."):
+            raise _unknown_argument(argument, parser)
+        if not equals:
+            value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
+        name = name.removeprefix("--config.")
+        if overrides.get(name, value) != value:
+            raise UserError(f"config field {name!r} is given twice: {overrides[name]!r}, {value!r}")
+        overrides[name] = value
+    return overrides
+
+
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UserError:
+    options = [option for action in parser._actions for option in action.option_strings]
+    return unknown("argument", argument.partition("=")[0], options)
+
+
+def _machine_fault(error: Exception) -> str | None:
+    """Returns one line for an error that is the machine's fault, None for any other."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "No space left on device" in str(error):
+        return "no space left on device"
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        return f"out of memory: {text}"
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or text}"
+    return None
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"normlab: {message}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line on a mistake instead of the usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")

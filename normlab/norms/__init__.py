@@ -1,0 +1,58 @@
+"""Normalizers: flax.linen modules, channels last, called as `norm(x, train=..., mask=None)`.
+
+Imports nothing else of normlab. Start with `batch.py` for the science, `functional.py` for the
+arithmetic, and `groups.py` for which examples share a statistic.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+
+from normlab.norms.batch import BatchNorm
+from normlab.norms.factory import FACTORY_FIELDS, NormFactory, make_factory
+from normlab.norms.functional import Moments
+from normlab.norms.group import GroupNorm
+from normlab.norms.identity import Identity
+from normlab.norms.instance import InstanceNorm
+from normlab.norms.layer import LayerNorm
+from normlab.norms.renorm import BatchRenorm
+from normlab.norms.rms import RMSNorm
+
+NORMS: dict[str, type[nn.Module]] = {
+    "none": Identity,
+    "batch_norm": BatchNorm,
+    "batch_renorm": BatchRenorm,
+    "layer_norm": LayerNorm,
+    "rms_norm": RMSNorm,
+    "group_norm": GroupNorm,
+    "instance_norm": InstanceNorm,
+}
+"""Normalizers by config name."""
+
+
+def make_norm(
+    config: Any, run_length: Any, *, num_devices: int = 1, axis_name: str | None = None
+) -> NormFactory:
+    """Returns the factory of the normalizer that `config.norm.kind` names (see `make_factory`)."""
+    kind = config.norm.kind
+    if kind not in NORMS:
+        raise ValueError(f"unknown norm {kind!r}; one of {', '.join(NORMS)}")
+    return make_factory(
+        NORMS[kind], config, run_length, num_devices=num_devices, axis_name=axis_name
+    )
+
+
+__all__ = [
+    "FACTORY_FIELDS",
+    "NORMS",
+    "BatchNorm",
+    "BatchRenorm",
+    "GroupNorm",
+    "Identity",
+    "InstanceNorm",
+    "LayerNorm",
+    "Moments",
+    "NormFactory",
+    "RMSNorm",
+    "make_norm",
+]

@@ -1,0 +1,87 @@
+"""Every field of an experiment, with its meaning and unit; all other configs start from this one.
+
+Choices (`model`, `norm`, `conv`, `optimizer`) decide which fields exist: `config.norm` holds `kind`
+and the fields of the chosen normalizer's class, and likewise `config.model`, `config.conv` and the
+optimizer's part of `config.optim`. Their meanings stand beside the fields of those classes.
+"""
+
+from ml_collections import ConfigDict
+
+from normlab.config import add_duration, optional, parse_choices, section
+from normlab.errors import unknown
+from normlab.models import CONVS, INJECTED, MODELS
+from normlab.norms import FACTORY_FIELDS, NORMS
+from normlab.optim import OPTIMIZERS
+
+
+def get_config(argument: str = "", **defaults: str) -> ConfigDict:
+    """Returns the base config for the choices in `argument` (after the colon) over `defaults`."""
+    choices = {"model": "cnn", "norm": "batch_norm", "conv": "standard", "optimizer": "sgd"}
+    choices = parse_choices(argument, **(choices | defaults))
+    model, norm, conv, optimizer = (choices[key] for key in ("model", "norm", "conv", "optimizer"))
+
+    config = ConfigDict()
+    config.seed = 0  # of initial values, data order and augmentation; variants that share it pair
+    config.source = ""  # the config file and choices this came from (read-only)
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # digits, mnist, fashion_mnist, cifar10, cifar100
+    config.data.source = "sklearn"  # where bytes come from: sklearn (digits), archive (files on disk)
+    config.data.path = optional(str)  # the archive, or the folder that holds it
+    config.data.crop_padding = 0  # pixels of zero padding before a random crop; 0: no crop
+    config.data.flip = False  # mirror half of the training images left to right
+    config.data.cutout_size = 0  # side of the square masked in each training image, pixels; 0: none
+
+    config.model = section(model, _choose("model", model, MODELS), leave_out=INJECTED)
+    config.norm = section(norm, _choose("norm", norm, NORMS), leave_out=FACTORY_FIELDS)
+    config.conv = section(conv, _choose("conv", conv, CONVS))
+    if norm == "batch_renorm":
+        # The paper ramps between 5k, 25k and 40k of some 160k steps; a short run does so in scale.
+        add_duration(config, "norm.ramp_start", fraction=5 / 160)  # r = 1, d = 0 until here
+        add_duration(config, "norm.d_ramp_end", fraction=25 / 160)  # d_max reaches its value here
+        add_duration(config, "norm.r_ramp_end", fraction=40 / 160)  # r_max reaches its value here
+
+    config.batch_stats = ConfigDict()
+    config.batch_stats.scope = "global"  # batch statistics over: global, device (share), ghost
+    config.batch_stats.ghost_size = optional(int)  # consecutive examples in a group of scope ghost
+
+    config.optim = section(optimizer, _choose("optimizer", optimizer, OPTIMIZERS))
+    config.optim.base_lr = 0.1  # peak learning rate, at the reference batch size if one is set
+    config.optim.reference_batch_size = optional(int)  # peak = base_lr * batch / this; none: base_lr
+    config.optim.schedule = "cosine"  # constant, piecewise, cosine, linear (to zero), after warmup
+    add_duration(config, "optim.warmup", epochs=0.0)  # linear warmup from zero
+    add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: when the rate decays
+    config.optim.decay_factor = 0.1  # piecewise: factor at each milestone
+    config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
+    config.optim.decay_roles = ("kernel",)  # decayed: kernel, bias, norm_scale, norm_bias, norm_extra
+    config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: no clipping
+
+    config.train = ConfigDict()
+    config.train.batch_size = 128  # examples per step, over all devices
+    add_duration(config, "train.num", ("steps", "epochs", "examples"), epochs=10.0)  # run length
+    config.train.label_smoothing = 0.0  # probability mass spread evenly over the classes
+    config.train.max_nonfinite = 10  # steps in a row with a non-finite value that end a run
+    config.train.ema_decay = optional(float)  # of the moving average of weights and statistics
+
+    config.eval = ConfigDict()
+    add_duration(config, "eval.every", epochs=1.0)  # between evaluations on the test set
+    config.eval.batch_size = 1024  # examples at a time; no result depends on it
+    config.eval.use_ema = True  # evaluate the moving average, where there is one
+
+    config.log = ConfigDict()
+    add_duration(config, "log.every", epochs=1.0)  # between lines of training metrics
+
+    config.checkpoint = ConfigDict()
+    add_duration(config, "checkpoint.every", fraction=0.1)  # between checkpoints; one at the end too
+    config.checkpoint.keep = optional(int)  # newest checkpoints to keep; none: all of them
+
+    config.parallel = ConfigDict()
+    config.parallel.steps_per_dispatch = optional(int)  # none: 1 on CPU, 50 on accelerators
+    config.parallel.compilation_cache = optional(str)  # its folder; off; none: the user's cache folder
+    return config
+
+
+def _choose(what: str, name: str, registry: dict[str, type]) -> type:
+    if name not in registry:
+        raise unknown(what, name, registry)
+    return registry[name]

@@ -1,0 +1,38 @@
+"""`normlab train`: one run."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+HELP = "train one run, or resume it"
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:choices]",
+        help="e.g. configs/digits.py:norm=layer_norm; any field: --config.optim.base_lr=0.5",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains and prints; returns 0, or 3 if the run diverged."""
+    from normlab.config import load_config
+    from normlab.training.loop import train
+
+    config = load_config(args.config, args.overrides)
+    result = train(config, args.workdir, overrides=args.overrides, progress=_print_line)
+    for name, value in result.items():
+        print(f"{name:40} {value:.6g}" if isinstance(value, float) else f"{name:40} {value}")
+    print(f"in {args.workdir}")
+    return 3 if result["status"] == "diverged" else 0
+
+
+def _print_line(step: int, num_steps: int, line: Mapping[str, Any]) -> None:
+    numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+    text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    print(f"step {step}/{num_steps}  {line['split']:5}  {text}", flush=True)

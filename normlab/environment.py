@@ -1,0 +1,70 @@
+"""Settings of the process that must stand before Python or XLA starts.
+
+Measured on ResNet-20, batch 128, float32, two x86 cores, jaxlib 0.10.2 (`scripts/bench_step.py`):
+
+* glibc maps and unmaps every temporary buffer above 32 MiB at each call; transparent huge pages
+  for malloc (`glibc.malloc.hugetlb=1`) remove the page faults that this costs.
+* XLA's CPU backend hands single convolutions to YNNPACK, which is slower than Eigen at the sizes
+  of CIFAR nets. The minus form takes this one fusion away and leaves the reductions alone.
+
+Both change speed and the last bits of a result, never its meaning; the run's manifest holds them.
+"""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Mapping
+
+_MALLOC_TUNABLE = "glibc.malloc.hugetlb=1"
+_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_REEXECUTED = "NORMLAB_ENTRY"
+
+RECORDED = ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS", "NPROC", "CUDA_VISIBLE_DEVICES")
+"""Environment variables that a run's manifest records."""
+
+
+def entry_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the variables to add to `environment` (default: this process's) before Python starts.
+
+    What the user has set is kept: a variable that already decides the matter is left out.
+    """
+    environment = os.environ if environment is None else environment
+    extra = {}
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" not in tunables:
+        extra["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, _MALLOC_TUNABLE]))
+    flags = environment.get("XLA_FLAGS", "")
+    # XLA aborts on a flag that it does not know, so the flag goes only where it was seen to work.
+    known = importlib.metadata.version("jaxlib").startswith("0.10.")
+    if known and _CONVOLUTION_FLAG not in flags:
+        extra["XLA_FLAGS"] = f"{flags} {_CONVOLUTION_FLAG}=-individual_convolution".strip()
+    return extra
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Returns the variables that hold XLA's CPU backend and BLAS to `threads` threads.
+
+    The number of threads changes the order of sums and so the last bits of a result.
+    """
+    return {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
+
+
+def reexecute(arguments: list[str], threads: int | None = None) -> None:
+    """Starts `python -m normlab ARGUMENTS` in this process's place, with the entry environment.
+
+    Returns only if the environment stands already, or after one try.
+    """
+    extra = entry_environment()
+    if threads is not None:
+        extra |= thread_environment(threads)
+    if _REEXECUTED in os.environ or not extra:
+        return
+    sys.stdout.flush()
+    environment = {**os.environ, **extra, _REEXECUTED: "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "normlab", *arguments], environment)
+
+
+def threads() -> int:
+    """Returns the number of CPU threads that XLA's CPU backend uses in this process."""
+    declared = os.environ.get("NPROC", "")
+    return int(declared) if declared.isdigit() else len(os.sched_getaffinity(0))

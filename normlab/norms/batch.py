@@ -1,0 +1,97 @@
+"""Batch Normalization. Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+x̂ = (x − μ_B) / √(σ²_B + ε), y = γ x̂ + β (algorithm 1), μ_B and the biased σ²_B per channel over the
+batch and all positions; at inference the moving averages stand in for them (algorithm 2).
+
+Departures, each a field:
+* The paper averages m/(m−1)·σ²_B for inference, as PyTorch does: `running_variance="unbiased"`. Flax
+  stores the biased one, and so does the default here.
+* The paper is silent on how averages are made; here new = momentum·old + (1 − momentum)·batch, with
+  zero and one at the start (PyTorch's momentum is one minus this one).
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from normlab.norms.functional import Moments, ema, expand_mask, finite_where_masked, normalize
+from normlab.norms.groups import (
+    average_over_groups,
+    group_moments,
+    grouping_of,
+    sow_moments,
+    split,
+)
+from normlab.norms.parameters import Initializer, output_dtype, scale_and_bias
+
+
+class BatchNorm(nn.Module):
+    """Normalizes each channel over a group of examples; running averages at inference.
+
+    State: `mean`, `var` [C] float32.
+    """
+
+    momentum: float = 0.9  # weight of the old value in the running averages
+    epsilon: float = 1e-5  # added to the variance, inside the root
+    running_variance: str = "biased"  # what is averaged: biased (Flax) or unbiased (paper, PyTorch)
+    use_scale: bool = True  # learn a gain per channel
+    use_bias: bool = True  # learn an offset per channel
+    dtype: DTypeLike | None = None  # of the output; none: the input's
+    param_dtype: DTypeLike = "float32"  # of scale and bias
+    scale_init: Initializer = nn.initializers.ones
+    bias_init: Initializer = nn.initializers.zeros
+    stats_scope: str = "global"  # statistics over: global, device, ghost
+    ghost_size: int | None = None  # examples in a group of scope ghost
+    axis_name: str | None = None  # device axis under pmap or shard_map
+    device_groups: int = 1  # groups of scope device under jit
+
+    stateful: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
+        """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
+
+        A group of nothing unmasked is normalized by the running statistics and changes no state, nor
+        does a statistic that is not finite. Raises ValueError for a scope that does not fit.
+        """
+        if self.running_variance not in ("biased", "unbiased"):
+            raise ValueError(f"running_variance {self.running_variance!r} is not biased or unbiased")
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        scale, bias = scale_and_bias(self, (channels,))
+        dtype = output_dtype(self, x)
+        if not train:
+            return normalize(x, mean.value, var.value, self.epsilon, scale, bias).astype(dtype)
+
+        mask = expand_mask(mask, x.ndim)
+        x = finite_where_masked(x, mask)
+        grouping = grouping_of(self, x.shape[0])
+        groups = group_moments(x, mask, grouping)
+        if not self.is_initializing():
+            sow_moments(self, groups, grouping)
+            stored = groups.var
+            if self.running_variance == "unbiased":
+                stored = stored * (groups.count / jnp.maximum(groups.count - 1, 1))
+            valid = (groups.count > 0) & jnp.isfinite(groups.mean) & jnp.isfinite(groups.var)
+            for state, values in ((mean, groups.mean), (var, stored)):
+                new, seen = average_over_groups(values, valid, grouping)
+                state.value = jnp.where(seen, ema(state.value, new, self.momentum), state.value)
+
+        group_mean, group_var = groups.mean, groups.var
+        if mask is not None:
+            group_mean = jnp.where(groups.count > 0, group_mean, mean.value)
+            group_var = jnp.where(groups.count > 0, group_var, var.value)
+        y = split(x, grouping.num_groups)
+        y = normalize(y, group_mean, group_var, self.epsilon, scale, bias)
+        return y.reshape(x.shape).astype(dtype)
+
+    def state_from_moments(self, moments: Moments) -> dict[str, Array]:
+        """Returns the `batch_stats` entries that stand for population moments [C]."""
+        var = moments.var
+        if self.running_variance == "unbiased":
+            var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
+        return {"mean": moments.mean, "var": var}

@@ -1,0 +1,121 @@
+"""From a config to a factory of normalizers: one model, any normalizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+from jax import Array
+
+from normlab.norms.groups import SCOPES
+from normlab.norms.parameters import Initializer
+
+FACTORY_FIELDS = ("stats_scope", "ghost_size", "axis_name", "device_groups", "strict")
+"""Fields of normalizers that the factory sets; they are never part of `config.norm`."""
+
+UNITS = ("steps", "epochs", "examples", "fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormFactory:
+    """Makes the normalizers of a model, all of one class and setting."""
+
+    cls: type[nn.Module]
+    fields: dict[str, Any]
+
+    def __call__(self, *, name: str, scale_init: Initializer | None = None) -> nn.Module:
+        """Returns a normalizer called as `norm(x, train=..., mask=...)`.
+
+        `scale_init`, for the last one of a residual branch, is dropped where there is no scale.
+        """
+        fields = dict(self.fields)
+        if scale_init is not None and hasattr(self.cls, "scale_init"):
+            fields["scale_init"] = scale_init
+        return self.cls(**fields, name=name)
+
+    def norm_act(
+        self,
+        *,
+        name: str,
+        activation: Callable[[Array], Array],
+        scale_init: Initializer | None = None,
+    ) -> Callable[..., Array]:
+        """Returns a normalizer with its activation, called as `(x, train=..., mask=...)`."""
+        norm = self(name=name, scale_init=scale_init)
+
+        def normalize_and_activate(x: Array, *, train: bool, mask: Array | None = None) -> Array:
+            return activation(norm(x, train=train, mask=mask))
+
+        return normalize_and_activate
+
+    @property
+    def module(self) -> nn.Module:
+        """An unbound normalizer, for what does not depend on a place in a model."""
+        return self.cls(**self.fields, parent=None)
+
+    @property
+    def has_bias(self) -> bool:
+        """True if the normalizer adds an offset: a linear layer before it needs none."""
+        return bool(self.module.use_bias)
+
+    @property
+    def stateful(self) -> bool:
+        """True if the normalizer keeps running statistics."""
+        return bool(self.cls.stateful)
+
+
+def make_factory(
+    cls: type[nn.Module],
+    config: Any,
+    run_length: Any,
+    *,
+    num_devices: int = 1,
+    axis_name: str | None = None,
+) -> NormFactory:
+    """Returns the factory for `config.norm` (kind and fields) and `config.batch_stats` (scope).
+
+    `run_length.steps(section, stem, section_name)` turns a duration into steps. Raises ValueError,
+    one line, for a scope that does not exist or a ghost size that does not divide
+    `config.train.batch_size`.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    fields = {}
+    for key in config.norm:
+        stem, _, unit = key.rpartition("_")
+        if key in names and unit not in UNITS:
+            fields[key] = config.norm[key]
+        elif unit in UNITS:
+            fields[f"{stem}_steps"] = run_length.steps(config.norm, stem, "norm")
+    for key, value in fields.items():
+        if key.endswith("_steps") and value is None:
+            raise ValueError(f"config field 'norm.{key}' is empty; give it in one of its units")
+    if "strict" in names:
+        fields["strict"] = False
+    if "stats_scope" in names:
+        fields |= _scope_fields(config, num_devices, axis_name)
+    return NormFactory(cls, fields)
+
+
+def _scope_fields(config: Any, num_devices: int, axis_name: str | None) -> dict[str, Any]:
+    scope, ghost_size = config.batch_stats.scope, config.batch_stats.ghost_size
+    batch_size = config.train.batch_size
+    if scope not in SCOPES:
+        raise ValueError(f"config field 'batch_stats.scope' = {scope!r} is none of {SCOPES}")
+    if scope == "ghost":
+        if ghost_size is None:
+            raise ValueError("config field 'batch_stats.ghost_size' is empty; scope 'ghost' needs it")
+        if ghost_size < 1 or batch_size % ghost_size:
+            legal = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+            nearest = min(legal, key=lambda size: abs(size - ghost_size))
+            raise ValueError(
+                f"config field 'batch_stats.ghost_size' = {ghost_size} does not divide the batch of "
+                f"{batch_size}; nearest: {nearest}"
+            )
+    # Under jit all shares of the batch are in one array; under pmap each device sees its own.
+    groups = num_devices if scope == "device" and axis_name is None else 1
+    return {
+        "stats_scope": scope,
+        "ghost_size": ghost_size if scope == "ghost" else None,
+        "axis_name": axis_name,
+        "device_groups": groups,
+    }

@@ -1,0 +1,70 @@
+"""Group Normalization. Wu & He 2018, arXiv:1803.08494.
+
+Mean and variance per example over H, W and the C/G channels of a group (eq. 4), the same in
+training and at inference; a gain and offset per channel. G = 1 is layer normalization over H, W and
+C, G = C instance normalization. ε is the paper's code's 1e-5; Flax has 1e-6.
+"""
+
+from typing import ClassVar
+
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from normlab.norms.examples import channel_group_moments
+from normlab.norms.functional import expand_mask, finite_where_masked, normalize
+from normlab.norms.parameters import Initializer, output_dtype, scale_and_bias
+
+
+class GroupNorm(nn.Module):
+    """Normalizes each example over groups of channels. No state."""
+
+    num_groups: int = 32  # groups of channels; ignored if group_size is set
+    group_size: int | None = None  # channels in a group, in place of num_groups
+    epsilon: float = 1e-5  # added to the variance, inside the root
+    use_scale: bool = True  # learn a gain per channel
+    use_bias: bool = True  # learn an offset per channel
+    dtype: DTypeLike | None = None  # of the output; none: the input's
+    param_dtype: DTypeLike = "float32"  # of scale and bias
+    scale_init: Initializer = nn.initializers.ones
+    bias_init: Initializer = nn.initializers.zeros
+    strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
+
+    stateful: ClassVar[bool] = False
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
+        """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
+
+        An example with nothing unmasked passes with mean 0 and variance 1. Raises ValueError if the
+        groups do not divide the channels and `strict` is set.
+        """
+        groups = self.groups_of(x.shape[-1])
+        scale, bias = scale_and_bias(self, x.shape[-1:])
+        mask = expand_mask(mask, x.ndim)
+        x = finite_where_masked(x, mask)
+        stats = channel_group_moments(x, groups, mask)
+        y = normalize(x, stats.mean, stats.var, self.epsilon, scale, bias)
+        return y.astype(output_dtype(self, x))
+
+    def groups_of(self, channels: int) -> int:
+        """Returns the number of groups for this many channels.
+
+        Where the wish does not divide them: ValueError if `strict`, else the largest number of
+        groups that divides and does not exceed it.
+        """
+        wish, wished = self.num_groups, f"num_groups {self.num_groups}"
+        if self.group_size is not None:
+            wish, wished = channels // max(self.group_size, 1), f"group_size {self.group_size}"
+            if self.group_size >= 1 and channels % self.group_size == 0:
+                return wish
+        elif wish >= 1 and channels % wish == 0:
+            return wish
+        if self.strict:
+            raise ValueError(f"{wished} does not divide {channels} channels")
+        return largest_divisor(channels, wish)
+
+
+def largest_divisor(channels: int, limit: int) -> int:
+    """Returns the largest divisor of `channels` that is at most `limit`, and at least 1."""
+    return next(d for d in range(max(1, min(limit, channels)), 0, -1) if channels % d == 0)

@@ -1,0 +1,29 @@
+"""What all normalizers share: how `scale`, `bias` and dtypes are declared."""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+Initializer = Callable[..., Array]
+
+
+def scale_and_bias(
+    module: nn.Module, shape: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """Declares the parameters `scale` and `bias` of a module that has the common fields.
+
+    Returns None for one that the module does without. Call it inside a compact method.
+    """
+    scale = bias = None
+    if module.use_scale:
+        scale = module.param("scale", module.scale_init, shape, module.param_dtype)
+    if module.use_bias:
+        bias = module.param("bias", module.bias_init, shape, module.param_dtype)
+    return scale, bias
+
+
+def output_dtype(module: nn.Module, x: Array) -> DTypeLike:
+    """Returns the module's `dtype`, or the input's where none is set."""
+    return x.dtype if module.dtype is None else module.dtype

@@ -1,0 +1,45 @@
+"""Roles of parameters, by their path: what may be decayed, clipped or frozen.
+
+A role never comes from a parameter's rank: a scanned or seed-stacked bias has rank two and is still
+a bias.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from normlab.errors import unknown
+
+ROLES = ("kernel", "bias", "norm_scale", "norm_bias", "norm_extra")
+"""Of a linear layer: kernel, bias. Of a normalizer: norm_scale, norm_bias, norm_extra (the rest)."""
+
+
+def roles(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tree of `params` with each array replaced by its role.
+
+    A module that holds a kernel is a linear layer; any other holder of arrays is a normalizer.
+    """
+    is_linear = "kernel" in params
+    tree: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            tree[name] = roles(value)
+        elif is_linear:
+            tree[name] = "bias" if name == "bias" else "kernel"
+        else:
+            tree[name] = f"norm_{name}" if name in ("scale", "bias") else "norm_extra"
+    return tree
+
+
+def role_mask(params: Mapping[str, Any], selected: Collection[str]) -> dict[str, Any]:
+    """Returns the tree of `params` with True where the role is in `selected`.
+
+    Raises UserError for a role that does not exist.
+    """
+    for role in selected:
+        if role not in ROLES:
+            raise unknown("role in 'optim.decay_roles'", role, ROLES)
+
+    def select(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: select(v) if isinstance(v, dict) else v in selected for k, v in tree.items()}
+
+    return select(roles(params))

@@ -1,0 +1,48 @@
+"""The report as Markdown, for a repository, an issue or a pull request."""
+
+from collections.abc import Iterable
+
+from normlab.report import notes, tables
+from normlab.report.rows import Sweep
+from normlab.report.tables import escape_markdown, markdown_table
+
+
+def markdown(sweep: Sweep) -> str:
+    """Returns the page's tables and sentences; its curves are in report.html alone."""
+    first, *rest = notes.summary(sweep)
+    warnings = notes.warnings(sweep)
+    settings = [
+        f"{name}: {', '.join(notes.overrides(fields))}"
+        for name, fields in sweep.settings.items()
+        if fields
+    ]
+    parts = [
+        f"# {escape_markdown(notes.title(sweep))}",
+        escape_markdown(first),
+        _list(rest),
+        # Indented, a line is code and shows as it stands.
+        f"    {sweep.command}" if sweep.command else "",
+        "## Beware" if warnings else "",
+        _list(warnings),
+        "## Test accuracy",
+        escape_markdown(notes.HEADLINE),
+        markdown_table(tables.headline(sweep)),
+        _list(settings),
+        "## Three evaluations, and what they cost",
+        escape_markdown(notes.COSTS),
+        markdown_table(tables.costs(sweep)),
+        "## How to read this",
+        _list(notes.reading(sweep)),
+        "## What the runs stood on",
+        _list(
+            f"{what}: {', '.join(notes.counted(values))}"
+            for what, values in notes.provenance(sweep).items()
+        ),
+        "## Runs",
+        markdown_table(tables.run_list(sweep)),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)

@@ -1,0 +1,145 @@
+"""The files of a run folder as plain values: what cannot be read becomes a note, never a crash."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path, notes: list[str], *, required: bool = True) -> dict[str, Any]:
+    """Returns the object in a JSON file; {} and a note if there is none."""
+    data = _read(path, notes, required)
+    if data is None:
+        return {}
+    value = _parse(data)
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} is not a readable JSON object")
+        return {}
+    return value
+
+
+def read_curve(path: Path, notes: list[str], *, required: bool) -> tuple[tuple[int, float], ...]:
+    """Returns (steps, test accuracy) of the lines of metrics.jsonl that have them, by step."""
+    lines = (_read(path, notes, required) or b"").split(b"\n")
+    points: dict[int, float] = {}
+    passed_over: dict[int, float] = {}
+    unreadable = []
+    for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        event = _parse(line)
+        if not isinstance(event, dict):
+            unreadable.append(line_number)
+            continue
+        step, accuracy = integer(event.get("step")), number(event.get("accuracy"))
+        if step is None:
+            continue
+        if event.get("split") == "test" and accuracy is not None:
+            points[step] = accuracy
+        # Counted since the line before; keyed by step, so that a line written twice counts once.
+        passed_over[step] = number(event.get("nonfinite")) or passed_over.get(step, 0)
+    if unreadable == [len(lines)]:
+        notes.append(f"{path.name}: the last line is cut off")
+    elif unreadable:
+        first = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        notes.append(f"{path.name}: {len(unreadable)} unreadable (line {first})")
+    count = sum(passed_over.values())
+    if count:
+        notes.append(f"{count:.0f} steps passed over because something was not finite")
+    return tuple(sorted(points.items()))
+
+
+def _read(path: Path, notes: list[str], required: bool) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if required:
+            notes.append(f"{path.name} is missing")
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+    return None
+
+
+def _parse(data: bytes) -> Any:
+    """Returns the JSON value, None if it is not JSON (or is null)."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a fair comparison has in common: {what: value}."""
+    if not manifest:
+        return {}
+    commit = one_line(manifest.get("git_commit") or "unknown")
+    dirty = " with uncommitted changes" if manifest.get("git_dirty") else ""
+    found = {"git commit": f"{commit}{dirty}"}
+    for name, key in (
+        ("data fingerprint", "data_fingerprint"),
+        ("python", "python"),
+        ("platform", "platform"),
+        ("devices", "devices"),
+        ("threads", "threads"),
+    ):
+        if manifest.get(key) is not None:
+            found[name] = plain_text(manifest[key])
+    for section in ("versions", "environment"):
+        values = manifest.get(section)
+        if isinstance(values, dict):
+            found |= {one_line(key): plain_text(value) for key, value in sorted(values.items())}
+    return found
+
+
+# Values ------------------------------------------------------------------------------------------
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {dotted name: value} of all fields, sections opened."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def finite_result(result: Mapping[str, Any]) -> dict[str, float | str]:
+    """Returns the finite numbers and the texts of a result; null means not finite."""
+    kept: dict[str, float | str] = {}
+    for key, value in result.items():
+        finite = number(value)
+        if finite is not None:
+            kept[one_line(key)] = finite
+        elif isinstance(value, str):
+            kept[one_line(key)] = one_line(value)
+    return kept
+
+
+def number(value: Any) -> float | None:
+    """Returns a finite JSON number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # Comparing, unlike math.isfinite, takes an int of any length.
+    return value if abs(value) <= sys.float_info.max else None
+
+
+def integer(value: Any) -> int | None:
+    """Returns a JSON integer that a float holds exactly, None for anything else."""
+    exact = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53
+    return value if exact else None
+
+
+def one_line(value: Any) -> str:
+    """Returns text on one line without control characters (a terminal would obey them)."""
+    text = " ".join(str(value).split())
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def plain_text(value: Any) -> str:
+    """Returns a JSON value as a person writes it in an override."""
+    if value is None:
+        return "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain_text, value))
+    return one_line(str(value).lower() if isinstance(value, bool) else value)

@@ -1,0 +1,163 @@
+"""What the report says in sentences: a summary, what to beware of, and how to read the numbers."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from normlab.report.files import flatten, one_line, plain_text
+from normlab.report.rows import Sweep
+from normlab.report.tables import DAGGER, MEASURED, NOTHING, count_states
+
+HEADLINE = (
+    "Percent; mean over seeds ± half-width of the 95% t interval; n seeds; running statistics."
+)
+COSTS = (
+    "Test accuracy in percent with running, batch and recomputed statistics, as above; "
+    "times are medians over runs."
+)
+_MOST = 12  # items of one kind that are listed; the rest is counted
+
+
+def title(sweep: Sweep) -> str:
+    """Returns e.g. `Normalizers on digits (cnn)`, from what all configs have in common."""
+    data, model = _common(sweep, "data.name"), _common(sweep, "model.kind")
+    where = f"{data} ({model})" if data and model else data or sweep.title
+    return f"Normalizers on {where}"
+
+
+def summary(sweep: Sweep) -> list[str]:
+    """Returns one sentence on what was run, then what came out of each setting."""
+    runs = sweep.runs()
+    seeds = {len(sweep.cell(row.setting, row.norm)) for row in sweep.rows}
+    each = _count(min(seeds), "seed")
+    if len(seeds) > 1:
+        each = f"{min(seeds)} to {_count(max(seeds), 'seed')}"
+    states = count_states(runs)
+    if "," not in states:
+        states = f"{'all ' if len(runs) > 1 else ''}{states.partition(' ')[2]}"
+    sentences = [
+        f"{_count(len(sweep.norms), 'normalizer')} in {_count(len(sweep.settings), 'setting')}, "
+        f"{each} each: {_count(len(runs), 'run')}, {states}."
+    ]
+    for setting in list(sweep.settings)[:_MOST]:
+        means = []
+        for norm in sweep.norms:
+            values = [
+                value
+                for row in sweep.cell(setting, norm)
+                if row.state in MEASURED and (value := row.number("test_accuracy")) is not None
+            ]
+            if values:
+                means.append((sum(values) / len(values), norm))
+        if len(means) > 1:
+            (low, worst), (high, best) = min(means), max(means)
+            sentences.append(
+                f"{setting}: mean test accuracy from {100 * low:.1f}% ({worst}) "
+                f"to {100 * high:.1f}% ({best})."
+            )
+    return sentences
+
+
+def warnings(sweep: Sweep) -> list[str]:
+    """Returns what a reader must know before believing the table; [] if all is in order."""
+    runs = sweep.runs()
+    found = list(sweep.notes)
+    unfinished = [row for row in runs if row.state not in MEASURED]
+    if unfinished:
+        found.append(
+            f"{len(unfinished)} of {_count(len(runs), 'run')} without a result: "
+            f"{count_states(unfinished)}."
+        )
+    diverged = []
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            rows = sweep.cell(setting, norm)
+            count = sum(row.state == "diverged" for row in rows)
+            if count:
+                diverged.append(f"{norm} in {setting} ({count}/{len(rows)})")
+    if diverged:
+        found.append(f"Diverged: {', '.join(_shortened(diverged))}.")
+    for what, values in provenance(sweep).items():
+        if len(values) > 1:
+            found.append(f"The runs differ in {what}: {', '.join(counted(values))}.")
+        elif what == "git commit" and "uncommitted" in "".join(values):
+            found.append("The code had uncommitted changes, so the commit alone does not give it.")
+    remarks = []
+    for row in runs:
+        failure = [row.message] if row.state == "failed" and row.message else []
+        for note in (*failure, *row.notes):
+            seed = "" if row.seed is None else f", seed {row.seed}"
+            remarks.append(f"Run {row.id} ({row.setting}, {row.norm}{seed}): {note}")
+    return found + _shortened(remarks)
+
+
+def provenance(sweep: Sweep) -> dict[str, dict[str, int]]:
+    """Returns {what: {value: number of runs}} of commit, versions, devices and the like."""
+    recorded = [row.provenance for row in sweep.runs() if row.provenance]
+    names = dict.fromkeys(name for values in recorded for name in values)
+    return {
+        name: dict(Counter(values.get(name, "not recorded") for values in recorded))
+        for name in names
+    }
+
+
+def counted(values: Mapping[str, int]) -> list[str]:
+    """Returns each value, with its number of runs where there are several values."""
+    if len(values) == 1:
+        return list(values)
+    return [f"{value} ({_count(count, 'run')})" for value, count in values.items()]
+
+
+def overrides(fields: Mapping[str, Any]) -> list[str]:
+    """Returns a setting's fields as one types them, e.g. `optim.base_lr=0.5`."""
+    return [f"{one_line(name)}={plain_text(value)}" for name, value in fields.items()]
+
+
+def reading(sweep: Sweep) -> list[str]:
+    """Returns how to read the tables and curves: every rule that decides a number."""
+    notes = [
+        "A cell is the mean over n seeds of the final test accuracy in percent, evaluated with "
+        "running statistics over every test example once, ± the half-width of its 95% t interval.",
+        "Intervals from few seeds are wide by design: 2.48 standard deviations to each side for "
+        "3 seeds, 1.24 for 5, 0.72 for 10. One seed has no interval. A t interval knows no bounds "
+        "and can pass 0% or 100%.",
+        "The interval speaks of other seeds (initial values and order of the data) on this same "
+        "test set, not of other test sets. No winner is declared: overlapping intervals prove no "
+        "equality, and the largest of many means is partly luck.",
+        "A diverged run counts with the accuracy that it had when it stopped, and its cell is "
+        "marked, e.g. 1/3 diverged; without such a measurement it is missing from the mean, which "
+        "then flatters: read the mark with it. Failed, interrupted, running and planned runs have "
+        "no part in a mean and are marked too.",
+        "Step, compile and total seconds are medians over the runs of a cell, as measured while "
+        "the other workers of the sweep shared the machine. Compilation is not part of the step.",
+        "Batch statistics: evaluated with the statistics of test batches instead of the running "
+        "ones; recomputed statistics: with exact ones from a pass over the training set. Both "
+        f"exist only where the normalizer has state ({NOTHING} elsewhere).",
+    ]
+    return notes + footnotes(sweep)
+
+
+def footnotes(sweep: Sweep) -> list[str]:
+    """Returns what the daggers in the tables mean; [] if there are none."""
+    shared = {(row.setting, row.shared_with): None for row in sweep.rows if row.shared_with}
+    return [
+        f"{DAGGER} In {setting}: the very runs of {earlier}, since this setting cannot change "
+        "what these normalizers do. A shared run counts once in each setting."
+        for setting, earlier in shared
+    ]
+
+
+def _common(sweep: Sweep, name: str) -> str:
+    """Returns the value of a config field that all runs have, "" if they differ."""
+    values = {str(flatten(row.config).get(name, "")) for row in sweep.rows if row.config}
+    return one_line(values.pop()) if len(values) == 1 else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _shortened(items: Iterable[str]) -> list[str]:
+    items = list(items)
+    rest = len(items) - _MOST
+    return items if rest <= 0 else [*items[:_MOST], f"and {rest} more, see the list of runs"]

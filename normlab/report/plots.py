@@ -1,0 +1,179 @@
+"""Learning curves as SVG that takes its colours from the page around it.
+
+No name from a config is drawn inside a figure (names stand in the page's own text), and the user's
+matplotlib settings are set aside, so equal runs give equal bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from normlab.report.rows import Row, Sweep
+from normlab.report.style import INK, LINE, MUTED, NUM_SERIES, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CAPTION = (
+    "Test accuracy against optimizer steps. Line: mean over seeds; band: lowest to highest seed. "
+    "Line and band end where the first seed ends; the seeds that go on are drawn thin. "
+    "× ends a diverged seed."
+)
+
+_DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (7, 1.6, 1.4, 1.6)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<")
+
+# Colours that stand for the page's: matplotlib writes them out, `_svg` puts variables in place.
+_STAND_IN = {name: f"#0a0b{index:02x}" for index, name in enumerate((INK, MUTED, LINE))}
+_STAND_IN |= {series(index): f"#0a0c{index:02x}" for index in range(NUM_SERIES)}
+
+
+def curves(sweep: Sweep) -> dict[str, str]:
+    """Returns {setting: SVG} with one line per normalizer; settings without curves are left out."""
+    drawn = [setting for setting in sweep.settings if any(_curves_of(sweep, setting))]
+    if not drawn:
+        return {}
+    values = [100 * y for row in sweep.rows for _, y in row.curve]
+    low, high = min(values), max(values)
+    margin = 0.04 * max(high - low, 1)
+    # One vertical scale for all panels, so that they compare by eye.
+    limits = (max(low - margin, 0), min(high + margin, 101.5))
+    with _plain_matplotlib():
+        return {
+            setting: _svg(_panel(sweep, setting, limits), f"curve{index}")
+            for index, setting in enumerate(drawn)
+        }
+
+
+def keys(sweep: Sweep) -> dict[str, str]:
+    """Returns {normalizer: SVG of its line}, the legend of `curves`."""
+    from matplotlib.figure import Figure
+
+    found = {}
+    with _plain_matplotlib():
+        for index, norm in enumerate(sweep.norms):
+            figure = Figure(figsize=(0.5, 0.2))
+            axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 2), ylim=(0, 2))
+            axes.set_axis_off()
+            axes.plot((0.1, 1, 1.9), (1, 1, 1), markevery=[1], **_style(index))
+            found[norm] = _svg(figure, f"key{index}")
+    return found
+
+
+def _curves_of(sweep: Sweep, setting: str) -> Iterator[Row]:
+    return (row for row in sweep.rows if row.setting == setting and row.curve)
+
+
+def _panel(sweep: Sweep, setting: str, limits: tuple[float, float]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(4.7, 3.1))
+    axes = figure.add_axes((0.115, 0.145, 0.865, 0.83))
+    for index, norm in enumerate(sweep.norms):
+        _draw(axes, [row for row in _curves_of(sweep, setting) if row.norm == norm], index)
+    axes.set_ylim(*limits)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("test accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    return figure
+
+
+def _draw(axes: "Axes", rows: list[Row], index: int) -> None:
+    """Draws one normalizer: mean and band over the steps that all seeds have, then each seed."""
+    if not rows:
+        return
+    style = _style(index)
+    seeds = [dict(row.curve) for row in rows]
+    common = sorted(set.intersection(*(set(seed) for seed in seeds)))
+    if common:
+        columns = [[100 * seed[step] for seed in seeds] for step in common]
+        stride = -(-len(common) // 6)
+        axes.plot(
+            common,
+            [sum(column) / len(column) for column in columns],
+            # Markers of different normalizers stand at different steps, or they would hide another.
+            markevery=slice(index % stride, None, stride),
+            zorder=3,
+            **style,
+        )
+        band = ([min(column) for column in columns], [max(column) for column in columns])
+        axes.fill_between(common, *band, color=style["color"], alpha=0.16, linewidth=0)
+    end = common[-1] if common else 0
+    for row, seed in zip(rows, seeds, strict=True):
+        rest = [step for step in sorted(seed) if step >= end]
+        if len(rest) > 1:
+            axes.plot(rest, [100 * seed[step] for step in rest], lw=0.8, color=style["color"])
+        if row.state == "diverged":
+            axes.plot(
+                rest[-1:],
+                [100 * seed[rest[-1]]],
+                "x",
+                ms=7,
+                mew=1.8,
+                color=style["color"],
+                zorder=4,
+            )
+
+
+def _style(index: int) -> dict:
+    """Returns colour, dashes and marker of the normalizer in place `index`: all three differ."""
+    return {
+        "color": _STAND_IN[series(index)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4.2,
+        "linewidth": 1.6,
+    }
+
+
+@contextmanager
+def _plain_matplotlib() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "normlab",
+                "font.size": 9.5,
+                "text.color": _STAND_IN[INK],
+                "axes.labelcolor": _STAND_IN[MUTED],
+                "axes.edgecolor": _STAND_IN[LINE],
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "axes.axisbelow": True,
+                "grid.color": _STAND_IN[LINE],
+                "grid.linewidth": 0.6,
+                "xtick.color": _STAND_IN[LINE],
+                "ytick.color": _STAND_IN[LINE],
+                "xtick.labelcolor": _STAND_IN[MUTED],
+                "ytick.labelcolor": _STAND_IN[MUTED],
+            }
+        )
+        yield
+
+
+def _svg(figure: "Figure", prefix: str) -> str:
+    """Returns the figure as an element to put into a page; `prefix` keeps its ids apart."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    stream = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].rstrip()
+    # The file's own style sheet would speak to the whole page; the page has the same rule.
+    text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' aria-hidden="true"', text, count=1)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    for name, colour in _STAND_IN.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text

@@ -1,0 +1,311 @@
+"""Rows to tables, and tables to Markdown, CSV and the terminal.
+
+A table is settled once (`headline`, `costs`, `run_list`); the page, the Markdown file and the
+terminal only draw it.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import quote
+
+from normlab.report.rows import STATES, Row, Sweep
+from normlab.report.statistics import Summary, summarize
+
+DAGGER = "†"
+NOTHING = "–"
+MEASURED = ("done", "diverged")
+"""States whose final accuracy, if there is one, counts: a diverged run's does, or a normalizer
+that diverges now and then would be judged by its lucky seeds."""
+
+_RESULT_ORDER = (
+    "test_accuracy",
+    "test_accuracy_batch_statistics",
+    "test_accuracy_recomputed_statistics",
+    "test_loss",
+    "train_loss",
+    "steps",
+    "step_seconds",
+    "compile_seconds",
+    "seconds",
+    "examples_per_second",
+    "num_params",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell; `str(cell)` is all of it on one line."""
+
+    text: str = NOTHING
+    spread: str = ""  # half-width of the interval
+    detail: str = ""  # n, and the dagger of a shared run
+    marks: tuple[str, ...] = ()  # what a reader must not miss: "1/3 diverged"
+    link: str = ""  # relative address
+    state: str = ""  # one of STATES, for the page's colours
+
+    def __str__(self) -> str:
+        value = f"{self.text} ± {self.spread}" if self.spread else self.text
+        marks = f"[{', '.join(self.marks)}]" if self.marks else ""
+        return " ".join(filter(None, (value, self.detail, marks)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under column names; the first `num_names` columns name the row."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    num_names: int = 1
+    num_words: int = 0  # last columns that hold words, not numbers
+
+
+# The tables --------------------------------------------------------------------------------------
+
+
+def headline(sweep: Sweep) -> Table:
+    """Returns normalizers × settings: mean test accuracy ± half-width in percent, and n."""
+    return Table(
+        columns=("normalizer", *sweep.settings),
+        rows=tuple(
+            (Cell(norm), *(accuracy_cell(sweep.cell(setting, norm)) for setting in sweep.settings))
+            for norm in sweep.norms
+        ),
+    )
+
+
+def accuracy_cell(rows: Sequence[Row], metric: str = "test_accuracy") -> Cell:
+    """Returns mean ± half-width of the runs that ended with a measurement, and what is missing.
+
+    Runs that are done or diverged count if they have a final accuracy. Whatever else was planned
+    is marked with its state, so a cell never looks more complete than it is.
+    """
+    if not rows:
+        return Cell()
+    summary = summarize(_measured(rows, metric))
+    missing = {
+        state: sum(row.state == state for row in rows) for state in STATES if state != "done"
+    }
+    missing["without result"] = sum(
+        row.state == "done" and row.number(metric) is None for row in rows
+    )
+    missing = {what: count for what, count in missing.items() if count}
+    dagger = DAGGER if all(row.shared_with for row in rows) else ""
+    if summary.n == 0 and len(missing) == 1:
+        [(what, count)] = missing.items()
+        state = what if what in STATES else ""
+        return Cell(f"{what} ({count}/{len(rows)})", detail=dagger, state=state)
+    return Cell(
+        *_percent(summary),
+        detail=" ".join(filter(None, (f"n={summary.n}", dagger))),
+        marks=tuple(f"{count}/{len(rows)} {what}" for what, count in missing.items()),
+    )
+
+
+def costs(sweep: Sweep) -> Table:
+    """Returns, per setting and normalizer, the three evaluations and what the runs cost.
+
+    Accuracies are means ± half-width in percent over seeds; times are medians over runs.
+    """
+    rows = []
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            runs = sweep.cell(setting, norm)
+            if not runs:
+                continue
+            dagger = DAGGER if all(row.shared_with for row in runs) else ""
+            rows.append(
+                (
+                    Cell(setting),
+                    Cell(norm, detail=dagger),
+                    *(
+                        Cell(*_percent(summarize(_measured(runs, f"test_accuracy{statistics}"))))
+                        for statistics in ("", "_batch_statistics", "_recomputed_statistics")
+                    ),
+                    _median(runs, "step_seconds", lambda seconds: significant(1000 * seconds)),
+                    _median(runs, "compile_seconds", significant),
+                    _median(runs, "seconds", significant),
+                    _median(runs, "num_params", lambda count: f"{count:,.0f}"),
+                    Cell(count_states(runs)),
+                )
+            )
+    return Table(
+        columns=(
+            "setting",
+            "normalizer",
+            "running statistics (%)",
+            "batch statistics (%)",
+            "recomputed statistics (%)",
+            "step (ms)",
+            "compile (s)",
+            "total (s)",
+            "parameters",
+            "runs",
+        ),
+        rows=tuple(rows),
+        num_names=2,
+        num_words=1,
+    )
+
+
+def run_list(sweep: Sweep) -> Table:
+    """Returns every planned run with its state, its result and a link to its folder."""
+    return Table(
+        columns=(
+            "setting",
+            "normalizer",
+            "seed",
+            "run",
+            "state",
+            "accuracy (%)",
+            "steps",
+            "seconds",
+            "remarks",
+        ),
+        rows=tuple(_run(row, sweep.directory) for row in sweep.rows),
+        num_names=2,
+        num_words=1,
+    )
+
+
+def _run(row: Row, directory: Path) -> tuple[Cell, ...]:
+    accuracy = row.number("test_accuracy")
+    seconds = row.number("seconds")
+    steps = row.number("steps") or row.step
+    remarks = [row.message, *row.notes]
+    link = f"{quote(row.path.relative_to(directory).as_posix())}/"
+    return (
+        Cell(row.setting),
+        Cell(row.norm),
+        Cell(NOTHING if row.seed is None else str(row.seed)),
+        Cell(
+            row.id,
+            detail=DAGGER if row.shared_with else "",
+            link="" if row.state == "planned" else link,
+        ),
+        Cell(row.state, state=row.state),
+        Cell() if accuracy is None else Cell(f"{100 * accuracy:.2f}"),
+        Cell() if steps is None else Cell(f"{steps:,.0f}"),
+        Cell() if seconds is None else Cell(significant(seconds)),
+        Cell("; ".join(filter(None, remarks))),
+    )
+
+
+def count_states(rows: Iterable[Row]) -> str:
+    """Returns e.g. `2 done, 1 diverged`."""
+    states = [row.state for row in rows]
+    return ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+
+
+def _measured(rows: Iterable[Row], metric: str) -> list[float]:
+    values = (row.number(metric) for row in rows if row.state in MEASURED)
+    return [value for value in values if value is not None]
+
+
+def _median(rows: Iterable[Row], metric: str, form: Callable[[float], str]) -> Cell:
+    values = sorted(_measured(rows, metric))
+    if not values:
+        return Cell()
+    middle = len(values) // 2
+    return Cell(form((values[middle] + values[~middle]) / 2))
+
+
+def _percent(summary: Summary) -> tuple[str, str]:
+    """Returns a cell's text and spread: two decimals, or one where the interval is wide."""
+    if summary.mean is None:
+        return NOTHING, ""
+    if summary.half_width is None:
+        return f"{100 * summary.mean:.2f}", ""
+    decimals = 2 if 100 * summary.half_width < 9.995 else 1
+    return f"{100 * summary.mean:.{decimals}f}", f"{100 * summary.half_width:.{decimals}f}"
+
+
+def significant(value: float) -> str:
+    """Returns a positive number with three significant digits, without an exponent."""
+    decimals = next((d for d, limit in ((0, 99.95), (1, 9.995), (2, 0.9995)) if value >= limit), 3)
+    return f"{value:,.{decimals}f}"
+
+
+# Drawing them ------------------------------------------------------------------------------------
+
+
+def markdown_table(table: Table) -> str:
+    """Returns a table of GitHub's Markdown; names cannot break out of their cell."""
+    aligned = [
+        "---" if index < table.num_names or index >= len(table.columns) - table.num_words else "--:"
+        for index in range(len(table.columns))
+    ]
+    lines = [map(escape_markdown, table.columns), aligned]
+    lines += [map(_markdown_cell, row) for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = escape_markdown(str(cell))
+    return f"[{text}]({cell.link})" if cell.link else text
+
+
+def escape_markdown(text: str) -> str:
+    """Returns text that Markdown shows as it stands."""
+    for char in "\\`*_[]|~$":
+        text = text.replace(char, f"\\{char}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def csv_text(sweep: Sweep) -> str:
+    """Returns one line per run and setting, full precision, every label, metric and version."""
+    labels = list(dict.fromkeys(key for row in sweep.rows for key in row.labels))
+    found = {key for row in sweep.rows for key in row.result}
+    metrics = [*(key for key in _RESULT_ORDER if key in found), *sorted(found - {*_RESULT_ORDER})]
+    made_with = list(dict.fromkeys(key for row in sweep.rows for key in row.provenance))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    what = ("setting", "norm", "seed", "id", "shared_with", "state", "step")
+    writer.writerow([*what, *labels, *metrics, *made_with, "message", "notes"])
+    for row in sweep.rows:
+        line = [getattr(row, name) for name in what]
+        line += [row.labels.get(key, "") for key in labels]
+        line += [row.result.get(key, "") for key in metrics]
+        line += [row.provenance.get(key, "") for key in made_with]
+        writer.writerow([*line, row.message, "; ".join(row.notes)])
+    return stream.getvalue()
+
+
+def show(table: Table, stream: TextIO) -> None:
+    """Prints a table: through rich on a terminal, aligned plain text elsewhere."""
+    if stream.isatty():
+        _show_rich(table, stream)
+        return
+    grid = [list(table.columns), *([str(cell) for cell in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    for line in grid:
+        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        say("  ".join(padded).rstrip(), stream)
+
+
+def say(line: str, stream: TextIO) -> None:
+    """Prints a line, with `?` for what the stream's encoding has no character for."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+
+
+def _show_rich(table: Table, stream: TextIO) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, header_style="bold")
+    for index, column in enumerate(table.columns):
+        drawn.add_column(Text(column), style="bold" if index < table.num_names else "")
+    for row in table.rows:
+        # Text, not str: rich would read square brackets in a name as markup.
+        drawn.add_row(*(Text(str(cell), style="red" if _alarms(cell) else "") for cell in row))
+    Console(file=stream).print(drawn)
+
+
+def _alarms(cell: Cell) -> bool:
+    return bool(cell.marks) or cell.state in ("diverged", "failed")

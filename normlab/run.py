@@ -1,0 +1,287 @@
+"""The run folder: the one place that knows its layout. Imports no jax.
+
+    config.json       resolved config, reloadable
+    manifest.json     what the run stood on: commit, versions, devices, threads, seed, hashes
+    metrics.jsonl     a line an event, no clock in it
+    timing.jsonl      seconds by step
+    status.json       running, done, diverged, failed or interrupted
+    result.json       final metrics
+    log.txt           warnings and notes
+    checkpoints/      `training/checkpoint.py`
+    lock              held while a process writes the folder; it dies with its holder
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from normlab.environment import RECORDED, threads
+from normlab.errors import UserError
+
+STATES = ("running", "done", "diverged", "failed", "interrupted")
+SWEEP = "sweep.json"
+_PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+# JSON files --------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON so that the file is at any moment the old one or the whole new one."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: to a neighbour first, then renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns a JSON object; None if the file is absent.
+
+    Raises UserError if it is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return data
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON line; a number that is not finite becomes null."""
+    clean = {key: finite_or_none(value) for key, value in record.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+
+def finite_or_none(value: Any) -> Any:
+    """Returns None for a float that JSON cannot write, any other value as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+LOGS = ("metrics.jsonl", "timing.jsonl")
+
+
+def log_bytes(folder: Path) -> dict[str, int]:
+    """Returns the sizes of the logs, to be kept with a checkpoint."""
+    return {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
+
+
+def truncate_logs(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Cuts the logs back to what they were at a checkpoint.
+
+    The lines after it belong to steps that the resumed run takes, and writes, again.
+    """
+    for name in LOGS:
+        path, size = folder / name, sizes.get(name, 0)
+        if path.exists():
+            os.truncate(path, min(size, path.stat().st_size))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a log; [] if there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def last_timing(folder: Path) -> dict[str, float]:
+    """Returns the last line of timing.jsonl; {} if there is none."""
+    return (read_lines(folder / "timing.jsonl") or [{}])[-1]
+
+
+def last_train_loss(folder: Path) -> float | None:
+    """Returns the training loss of the last line that has one."""
+    losses = [x["loss"] for x in read_lines(folder / "metrics.jsonl") if x["split"] == "train"]
+    return losses[-1] if losses else None
+
+
+def free_name(path: Path) -> Path:
+    """Returns `path` with the first number behind it, `-1`, `-2`, ..., that nothing bears yet."""
+    number = 1
+    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+# The folder --------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, identity_config: Mapping[str, Any]) -> None:
+    """Makes the folder, or checks that it belongs to this config.
+
+    `identity_config` is `config.identity(...)` of the run. Raises UserError if the folder cannot be
+    made or written, holds something else, or holds another config's run (naming the first field
+    that differs); nothing in it is touched then.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"workdir {str(folder)!r} cannot be written: {reason}") from error
+    there = read_json(folder / "identity.json")
+    if there is None:
+        strangers = [path.name for path in folder.iterdir() if path.name != "lock"]
+        if strangers:
+            raise UserError(
+                f"workdir {str(folder)!r} is not a run folder and holds {sorted(strangers)[0]!r}; "
+                "choose an empty or new folder"
+            )
+        return
+    difference = first_difference(there, identity_config)
+    if difference:
+        name, old, new = difference
+        raise UserError(
+            f"workdir {str(folder)!r} holds the run of another config: "
+            f"{name} is {old!r} there and {new!r} here; choose another folder"
+        )
+
+
+def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns (dotted name, value in a, value in b) of the first field in which two configs differ."""
+    for key in [*a, *(key for key in b if key not in a)]:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            inner = first_difference(left, right)
+            if inner:
+                return f"{key}.{inner[0]}", inner[1], inner[2]
+        elif left != right:
+            return key, left, right
+    return None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; raises UserError if another process holds it."""
+    with (folder / "lock").open("a") as file:
+        for attempt in range(10):  # `is_locked` of another process holds it for an instant
+            if _try_lock(file):
+                break
+            time.sleep(0.01 * attempt)
+        else:
+            raise UserError(f"{str(folder)!r} is being written by another process")
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """True while a living process writes the folder."""
+    try:
+        with (folder / "lock").open() as file:
+            return not _try_lock(file)
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_status(folder: Path, status: str, step: int, message: str = "") -> None:
+    """Writes status.json; `message` is one line that says why, where there is a why."""
+    assert status in STATES, status
+    write_json(folder / "status.json", {"status": status, "step": step, "message": message})
+
+
+def read_status(folder: Path) -> str:
+    """Returns the run's state; `planned` without one, `interrupted` if its process is gone."""
+    status = (read_json(folder / "status.json") or {}).get("status", "planned")
+    if status == "running" and not is_locked(folder):
+        return "interrupted"
+    return status
+
+
+@contextlib.contextmanager
+def failure_noted(folder: Path) -> Iterator[None]:
+    """Leaves `interrupted` or `failed`, and why, in status.json if the block ends badly."""
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if hasattr(error, "exit_code") else "failed"
+        if isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        step = (last_timing(folder) or {"step": 0}).get("step", 0)
+        with contextlib.suppress(OSError):  # a full disk is the very thing being reported
+            write_status(folder, status, int(step), reason)
+        raise
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Writes normlab's log messages of the block to `path`, appending, without a clock."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger = logging.getLogger("normlab")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+# The manifest ------------------------------------------------------------------------------------
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Returns (commit, are there uncommitted changes) of normlab's own checkout; None outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns what a run stood on apart from its config: commit, versions, threads, environment."""
+    commit, dirty = git_state()
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "threads": threads(),
+        "environment": {name: os.environ[name] for name in RECORDED if name in os.environ},
+    }

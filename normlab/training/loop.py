@@ -1,0 +1,264 @@
+"""The training loop: one run, from its config to its result.
+
+Everything that decides a number is a function of (config, step): data order and augmentation are
+keyed by (seed, step), the schedule reads the state's step, and the sums behind a metrics line are
+part of the state. So a run that was killed and resumed ends with the bytes of one that was not.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from normlab import models, run
+from normlab.data import augment, fetch, load, order_hash, step_key, train_indices
+from normlab.training import checkpoint, parallel
+from normlab.training.evaluate import Evaluator
+from normlab.training.record import describe_run, note_groups
+from normlab.training.setup import Parts, build_parts, id_of, run_identity
+from normlab.training.signals import Interrupted, Signals
+from normlab.training.state import CULPRITS, Totals, TrainState, create_state
+from normlab.training.step import make_train_step
+
+_LOG = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, Mapping[str, Any]], None]
+"""Called as progress(step, num_steps, metrics line)."""
+
+EVENTS = ("log", "eval", "checkpoint")
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains the run of `config` in the folder `workdir`, resuming what is there.
+
+    Returns the final metrics, as in result.json: `test_accuracy`, `test_loss`, ..., `status` ("done"
+    or "diverged"), `steps`, `seconds`, `compile_seconds`, `examples_per_second`, `num_params`.
+    `overrides` are noted in the manifest. Raises UserError before anything is compiled or written if
+    the config or the folder is wrong, and Interrupted after a SIGINT or SIGTERM.
+    """
+    folder = Path(workdir)
+    parts = build_parts(config)
+    run.open_folder(folder, run_identity(config))
+    with run.locked(folder):
+        finished = run.read_json(folder / "result.json")
+        if finished is not None:
+            return finished
+        with run.log_to(folder / "log.txt"), run.failure_noted(folder):
+            parallel.enable_compilation_cache(config)
+            return _Run(parts, folder, overrides or {}, progress).finish()
+
+
+class _Run:
+    """One run in progress: its parts, its data on the device, its state and its clock."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        folder: Path,
+        overrides: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> None:
+        config = parts.config
+        self.parts, self.folder, self.progress = parts, folder, progress
+        self.clock = time.perf_counter()
+        data = load(config.data)
+        self.mesh = parallel.make_mesh()
+        self.compiler = parallel.Compiler()
+        self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
+        self.train_data = parallel.replicate((data.train.images, data.train.labels), self.mesh)
+        self.test_data = parallel.replicate((data.test.images, data.test.labels), self.mesh)
+
+        state = create_state(parts, self.compiler)
+        self.num_params = models.count_params(state.params)
+        order = order_hash(config.seed, parts.length.batch_size, len(data.train.labels))
+        describe_run(parts, folder, overrides, data.fingerprint, order, state.params)
+        note_groups(parts)
+        self.facts = {"run": id_of(config), "seed": config.seed, "data": data.fingerprint}
+        resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
+        self.step, manifest = 0, {}
+        if resumed:
+            self.step, state, manifest = resumed
+            _LOG.info("resumed at step %d", self.step)
+        run.truncate_logs(folder, manifest.get("log_bytes", {}))
+        self.before = run.last_timing(folder)  # seconds spent by earlier processes on this run
+        self.train_seconds = 0.0
+        self.state: TrainState = parallel.replicate(state, self.mesh)
+        run.write_status(folder, "running", self.step)
+
+    def finish(self) -> dict[str, Any]:
+        """Trains to the end and returns the result, which stands in result.json then."""
+        with Signals() as signals:
+            while self.step < self.parts.length.num_steps:
+                due = self._next_events()
+                event = min(due.values())
+                self._advance(event, signals)
+                arrived = [name for name in EVENTS if self.step == due[name]]
+                if "log" in arrived:
+                    self._log_training()
+                if "eval" in arrived and self.step < self.parts.length.num_steps:
+                    self._log({"step": self.step, "split": "test", **self._evaluate()})
+                if arrived and bool(self.state.health.diverged):
+                    break
+                if signals.received is not None:
+                    self._save()
+                    raise Interrupted(signals.received, self.step)
+                if "checkpoint" in arrived:
+                    self._save()
+            return self._conclude()
+
+    def _next_events(self) -> dict[str, int]:
+        """Returns the step of the next event of each kind; the end of the run is one of each."""
+        length, due = self.parts.length, {}
+        for name in EVENTS:
+            every = length.steps(self.parts.config[name], "every", name) or length.num_steps
+            due[name] = min((self.step // every + 1) * every, length.num_steps)
+        return due
+
+    def _advance(self, until: int, signals: Signals) -> None:
+        """Takes steps up to `until`, fewer if a signal came; waits for the device at the end."""
+        config, first = self.parts.config, self.step
+        chunk = parallel.steps_per_dispatch(config)
+        seed = parallel.seed_array(config.seed)
+        indices = train_indices(
+            config.seed, first, until - first, self.parts.length.batch_size, len(self.train_data[1])
+        )
+        compiled_before, start = self.compiler.seconds, time.perf_counter()
+        while self.step < until and signals.received is None:
+            size = chunk if self.step + chunk <= until else 1
+            rows = indices[self.step - first : self.step - first + size]
+            arguments = (self.state, self.train_data, seed, rows)
+            dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
+            self.state = dispatch(*arguments)
+            self.step += size
+        jax.block_until_ready(self.state)
+        compiling = self.compiler.seconds - compiled_before
+        self.train_seconds += time.perf_counter() - start - compiling
+
+    def _dispatch(self, state: TrainState, data: Any, seed: Array, rows: Array) -> TrainState:
+        """Takes one step for each row of `rows` (int32 [steps, batch]); traced, never run as is."""
+        config = self.parts.config
+
+        def make_batch(seed: Array, step: Array, indices: Array) -> tuple[Array, Array]:
+            images, labels = fetch(*data, indices, self.parts.info)
+            augmented = augment(
+                step_key(seed, step),
+                images,
+                crop_padding=config.data.crop_padding,
+                flip=config.data.flip,
+                cutout_size=config.data.cutout_size,
+            )
+            return augmented, labels
+
+        train_step = make_train_step(
+            self.parts.model,
+            self.parts.direction,
+            self.parts.schedule,
+            label_smoothing=config.train.label_smoothing,
+            ema_decay=config.train.ema_decay,
+            max_nonfinite=config.train.max_nonfinite,
+        )
+        return parallel.steps(train_step, make_batch, state, seed, rows, self.mesh)
+
+    # Events --------------------------------------------------------------------------------------
+
+    def _log_training(self) -> None:
+        """Writes the means over the steps since the last line, and starts new sums."""
+        totals: Totals = jax.device_get(self.state.totals)
+        accepted = int(totals.steps)
+        if int(totals.nonfinite):
+            _LOG.warning("%d steps up to %d were not finite", int(totals.nonfinite), self.step)
+        self._log(
+            {
+                "step": self.step,
+                "split": "train",
+                "loss": float(totals.loss) / accepted if accepted else None,
+                "accuracy": int(totals.correct) / (accepted * self.parts.length.batch_size)
+                if accepted
+                else None,
+                "learning_rate": float(self.parts.schedule(self.step - 1)),
+                "gradient_norm": float(totals.gradient_norm) / accepted if accepted else None,
+                "nonfinite": int(totals.nonfinite),
+            }
+        )
+        zeros = parallel.replicate(Totals.zeros(), self.mesh)
+        self.state = self.state.replace(totals=zeros)
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        run.append_line(self.folder / "metrics.jsonl", line)
+        self._time()
+        if self.progress:
+            self.progress(self.step, self.parts.length.num_steps, line)
+
+    def _time(self) -> None:
+        run.append_line(self.folder / "timing.jsonl", {"step": self.step, **self._timing()})
+
+    def _timing(self) -> dict[str, float]:
+        """Returns seconds since the run began, over all its processes, compilation apart."""
+        spent = time.perf_counter() - self.clock - self.compiler.seconds
+        now = {
+            "seconds": spent,
+            "train_seconds": self.train_seconds,
+            "compile_seconds": self.compiler.seconds,
+        }
+        return {name: round(self.before.get(name, 0.0) + now[name], 6) for name in now}
+
+    def _save(self) -> None:
+        self._time()
+        facts = self.facts | {"log_bytes": run.log_bytes(self.folder)}
+        checkpoint.save(self.folder / "checkpoints", self.step, self.state, facts)
+        checkpoint.keep_newest(self.folder / "checkpoints", self.parts.config.checkpoint.keep)
+
+    # Evaluation ----------------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, float]:
+        variables = self.state.variables(self.parts.config.eval.use_ema)
+        batch_size = self.parts.config.eval.batch_size
+        return self.evaluator.running(variables, self.test_data, batch_size)
+
+    def _conclude(self) -> dict[str, Any]:
+        """Evaluates the final state in all its ways and writes the result and the status."""
+        health = jax.device_get(self.state.health)
+        diverged = bool(health.diverged)
+        variables = self.state.variables(self.parts.config.eval.use_ema)
+        final = self.evaluator.all_ways(
+            self.parts, variables, self.train_data, self.test_data, recompute=not diverged
+        )
+        self._log({"step": self.step, "split": "test", **final})
+        timing = self._timing()
+        steps_seconds = timing["train_seconds"] / max(self.step, 1)
+        result: dict[str, Any] = {
+            "status": "diverged" if diverged else "done",
+            **{f"test_{name}": value for name, value in final.items()},
+            "train_loss": run.last_train_loss(self.folder),
+            "steps": self.step,
+            "seconds": timing["seconds"],
+            "compile_seconds": timing["compile_seconds"],
+            "step_seconds": steps_seconds,
+            "examples_per_second": self.parts.length.batch_size / steps_seconds,
+            "num_params": self.num_params,
+        }
+        message = ""
+        if diverged:
+            result["diverged_metric"] = CULPRITS[int(health.culprit)]
+            result["diverged_step"] = int(health.first_step)
+            message = (
+                f"{result['diverged_metric']} not finite from step {result['diverged_step']}, "
+                f"{int(health.streak)} steps in a row"
+            )
+            _LOG.warning("diverged: %s", message)
+        clean = {name: run.finite_or_none(value) for name, value in result.items()}
+        run.write_json(self.folder / "result.json", clean)
+        run.write_status(self.folder, result["status"], self.step, message)
+        return clean

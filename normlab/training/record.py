@@ -1,0 +1,73 @@
+"""What a run writes down before its first step: config, identity, manifest, notes."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from normlab import run
+from normlab.config import to_json
+from normlab.models.layers import norm_layers
+from normlab.training.setup import Parts, id_of, run_identity
+
+_LOG = logging.getLogger(__name__)
+
+
+def init_hashes(params: Any) -> dict[str, str]:
+    """Returns {parameter path: 12 hex digits of the SHA-256 of its initial bytes}.
+
+    Two variants of one seed have equal digits for every parameter they share: the proof of pairing.
+    """
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
+        for name, array in sorted(flat.items())
+    }
+
+
+def describe_run(
+    parts: Parts,
+    folder: Path,
+    overrides: Mapping[str, Any],
+    data_fingerprint: str,
+    data_order_hash: str,
+    params: Any,
+) -> None:
+    """Writes config.json, identity.json and manifest.json; a resumed run keeps the first ones.
+
+    `params` are the initial ones. What the resuming process stands on goes into `resumed` of the
+    manifest, if it differs.
+    """
+    machine = run.describe_machine() | {"devices": [str(device) for device in jax.devices()]}
+    manifest = run.read_json(folder / "manifest.json")
+    if manifest is not None:
+        earlier = manifest.get("resumed", [manifest])[-1]
+        if any(earlier.get(key) != value for key, value in machine.items()):
+            manifest["resumed"] = [*manifest.get("resumed", []), machine]
+            run.write_json(folder / "manifest.json", manifest)
+        return
+    run.write_json(folder / "identity.json", run_identity(parts.config))
+    run.write_json(folder / "config.json", to_json(parts.config))
+    manifest = {
+        "schema_version": 1,
+        "id": id_of(parts.config),
+        "seed": parts.config.seed,
+        "overrides": [f"{name}={value}" for name, value in overrides.items()],
+        **machine,
+        "data_fingerprint": data_fingerprint,
+        "data_order_hash": data_order_hash,
+        "init_hashes": init_hashes(params),
+    }
+    run.write_json(folder / "manifest.json", manifest)
+
+
+def note_groups(parts: Parts) -> None:
+    """Notes in the run's log where a grouping did not divide the channels and was settled."""
+    for layer in norm_layers(parts.model, parts.info.image_shape):
+        if layer.note:
+            _LOG.warning("%s: %s", layer.path, layer.note)

@@ -1,0 +1,114 @@
+"""One step of training: a pure function of (state, batch)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array
+
+from normlab.optim.schedules import Schedule
+from normlab.training.state import CULPRITS, Health, Totals, TrainState
+
+Batch = tuple[Array, Array]  # images float32 [N, H, W, C], labels int32 [N]
+
+
+def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
+    """Returns the cross entropy of each example in nats: logits [N, K], labels int32 [N] -> [N].
+
+    Label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7): the target is
+    (1 - smoothing) one-hot + smoothing / K.
+    """
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    targets = optax.smooth_labels(targets, smoothing)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+
+
+def make_train_step(
+    model: nn.Module,
+    direction: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    label_smoothing: float = 0.0,
+    ema_decay: float | None = None,
+    max_nonfinite: int = 10,
+) -> Callable[[TrainState, Batch], TrainState]:
+    """Returns `train_step(state, batch) -> state`.
+
+    A step whose loss, gradient or new statistics are not finite changes no parameter, statistic,
+    average or optimizer state; it is counted. After `max_nonfinite` of them in a row the state is
+    marked as diverged and no later step changes it.
+    """
+
+    def loss_function(params: Any, state: TrainState, batch: Batch) -> tuple[Array, Any]:
+        images, labels = batch
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        loss = jnp.mean(cross_entropy(logits, labels, label_smoothing))
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
+        return loss, (correct.astype(jnp.int32), updated.get("batch_stats", {}))
+
+    def train_step(state: TrainState, batch: Batch) -> TrainState:
+        gradient_of = jax.value_and_grad(loss_function, has_aux=True)
+        (loss, (correct, batch_stats)), gradient = gradient_of(state.params, state, batch)
+        gradient_norm = optax.global_norm(gradient)
+        update, opt_state = direction.update(gradient, state.opt_state, state.params)
+        rate = schedule(state.step)
+        params = jax.tree.map(lambda w, u: w - rate.astype(w.dtype) * u, state.params, update)
+        ema = _average(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+
+        finite = [jnp.isfinite(loss), jnp.isfinite(gradient_norm), _all_finite(batch_stats)]
+        accepted = jnp.all(jnp.stack(finite)) & ~state.health.diverged
+        candidate = state.replace(
+            params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
+        )
+        state_after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate, state)
+        totals = state.totals
+        return state_after.replace(
+            step=state.step + 1,
+            totals=Totals(
+                steps=totals.steps + accepted,
+                loss=totals.loss + jnp.where(accepted, loss, 0.0),
+                correct=totals.correct + jnp.where(accepted, correct, 0),
+                gradient_norm=totals.gradient_norm + jnp.where(accepted, gradient_norm, 0.0),
+                nonfinite=totals.nonfinite + ~accepted,
+            ),
+            health=_judge(state.health, jnp.stack(finite), state.step + 1, max_nonfinite),
+        )
+
+    return train_step
+
+
+def _average(ema: Any, new: Any, decay: float | None) -> Any:
+    """Returns decay·ema + (1 - decay)·new; an integer counter is taken over, never averaged."""
+    if ema is None or decay is None:
+        return None
+
+    def average(old: Array, value: Array) -> Array:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        return decay * old + (1.0 - decay) * value
+
+    return jax.tree.map(average, ema, new)
+
+
+def _all_finite(tree: Any) -> Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.array(True)
+
+
+def _judge(health: Health, finite: Array, step: Array, limit: int) -> Health:
+    """Returns the health after a step; `finite` bool [3] in the order of `CULPRITS[1:]`."""
+    assert len(CULPRITS) == 1 + finite.shape[0]
+    bad = ~jnp.all(finite)
+    starts = bad & (health.streak == 0)
+    streak = jnp.where(bad, health.streak + 1, 0)
+    after = Health(
+        streak=streak,
+        culprit=jnp.where(starts, jnp.argmin(finite).astype(jnp.int32) + 1, health.culprit),
+        first_step=jnp.where(starts, step, health.first_step),
+        diverged=streak >= limit,
+    )
+    return jax.tree.map(lambda new, old: jnp.where(health.diverged, old, new), after, health)

@@ -1,0 +1,69 @@
+"""A worker process of a sweep: reads a task a line from stdin, writes replies to stdout.
+
+    {"source": ..., "overrides": {...}, "workdir": ...}   ->   {"progress": 0.4} ...
+                                                               {"state": "done", "message": ...}
+
+A closed stdin means that the parent is gone: the run is saved and the process leaves.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from typing import IO, Any
+
+
+def main() -> None:
+    """Serves tasks until stdin closes."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints must not break the protocol
+    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(tasks,), daemon=True).start()
+    while task := tasks.get():
+        _send(replies, _run(json.loads(task), replies))
+
+
+def _read(tasks: "queue.SimpleQueue[str]") -> None:
+    """Passes tasks on; at the end of stdin asks a run in progress to save and stop."""
+    for line in sys.stdin:
+        tasks.put(line)
+    tasks.put("")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(task: Mapping[str, Any], replies: IO[str]) -> dict[str, Any]:
+    from normlab.config import load_config
+    from normlab.errors import MachineFault, UserError
+    from normlab.training.loop import train
+    from normlab.training.signals import Interrupted
+
+    def progress(step: int, num_steps: int, _line: Mapping[str, Any]) -> None:
+        _send(replies, {"progress": step / num_steps})
+
+    try:
+        config = load_config(task["source"], task["overrides"])
+        result = train(config, task["workdir"], overrides=task["overrides"], progress=progress)
+    except Interrupted as stop:
+        return {"state": "interrupted", "message": str(stop)}
+    except (UserError, MachineFault) as error:
+        return {"state": "failed", "message": f"failed: {error}"}
+    except Exception as error:
+        sys.excepthook(*sys.exc_info())
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return {"state": "failed", "message": f"failed: {type(error).__name__}: {reason}"}
+    accuracy = result["test_accuracy"]
+    seconds = f"{result['seconds']:.1f} s + {result['compile_seconds']:.1f} s compiling"
+    message = f"{result['status']}, test accuracy {accuracy:.1%} ({seconds})"
+    return {"state": result["status"], "message": message}
+
+
+def _send(replies: IO[str], reply: Mapping[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main()
