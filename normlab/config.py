@@ -176,6 +176,11 @@ def find_config(path_text: str) -> Path:
     raise UserError(f"config file {path_text!r} does not exist{nearest(path_text, names)}")
 
 
+def base_source() -> str:
+    """Returns the source text of configs/base.py, where the common fields have their meanings."""
+    return find_config("configs/base.py").read_text(encoding="utf-8")
+
+
 def _repository() -> Path:
     return Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,97 @@
+"""Models: flax.linen modules, channels last, called as `model(x, train=..., mask=None)`.
+
+Normalizer, convolution and activation are injected; a model never asks which it got. Every layer
+has a name that does not depend on the normalizer, so variants that share a seed share the initial
+values of the parameters they have in common.
+"""
+
+import math
+from typing import Any
+
+import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from normlab.config import RunLength
+from normlab.data.info import dataset_info
+from normlab.errors import unknown
+from normlab.models.cnn import CNN
+from normlab.models.conv import CONVS
+from normlab.models.lenet import LeNet5
+from normlab.models.mlp import MLP
+from normlab.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
+from normlab.models.resnet_cifar import (
+    ResNet18Cifar,
+    ResNet20,
+    ResNet32,
+    ResNet44,
+    ResNet56,
+    ResNet110,
+)
+from normlab.norms import make_norm
+
+MODELS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "lenet5": LeNet5,
+    "resnet20": ResNet20,
+    "resnet32": ResNet32,
+    "resnet44": ResNet44,
+    "resnet56": ResNet56,
+    "resnet110": ResNet110,
+    "resnet18_cifar": ResNet18Cifar,
+    "resnet18": ResNet18,
+    "resnet34": ResNet34,
+    "resnet50": ResNet50,
+    "resnet101": ResNet101,
+    "resnet152": ResNet152,
+}
+"""Models by config name."""
+
+INJECTED = ("num_classes", "norm", "conv")
+"""Fields of models that `build` fills in; they are never part of `config.model`."""
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+    "elu": nn.elu,
+    "leaky_relu": nn.leaky_relu,
+}
+"""Activations by config name."""
+
+
+def build(
+    config: ConfigDict,
+    run_length: RunLength | None = None,
+    *,
+    num_devices: int = 1,
+    axis_name: str | None = None,
+) -> nn.Module:
+    """Returns the model that the config describes, for the classes of its data set.
+
+    Raises UserError or ValueError, one line, for a name that does not exist or a scope that does
+    not fit the batch.
+    """
+    fields = dict(config.model)
+    kind = fields.pop("kind")
+    if kind not in MODELS:
+        raise unknown("model", kind, MODELS)
+    if fields["activation"] not in ACTIVATIONS:
+        raise unknown("'model.activation'", fields["activation"], ACTIVATIONS)
+    fields["activation"] = ACTIVATIONS[fields["activation"]]
+    length = run_length or RunLength.of(config)
+    conv = dict(config.conv)
+    return MODELS[kind](
+        num_classes=dataset_info(config.data.name).num_classes,
+        norm=make_norm(config, length, num_devices=num_devices, axis_name=axis_name),
+        conv=CONVS[conv.pop("kind")](**conv),
+        **fields,
+    )
+
+
+def count_params(params: Any) -> int:
+    """Returns the number of trainable numbers in a tree of parameters (or of their shapes)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -19,21 +19,21 @@ def markdown(sweep: Sweep) -> str:
     parts = [
         f"# {escape_markdown(notes.title(sweep))}",
         escape_markdown(first),
-        _list(rest),
-        # Indented, a line is code and shows as it stands.
+        # Indented under a paragraph, a line is code and shows as it stands.
         f"    {sweep.command}" if sweep.command else "",
-        "## Beware" if warnings else "",
+        _list(rest),
+        "## Caveats" if warnings else "",
         _list(warnings),
         "## Test accuracy",
         escape_markdown(notes.HEADLINE),
         markdown_table(tables.headline(sweep)),
         _list(settings),
-        "## Three evaluations, and what they cost",
+        "## Evaluations and cost",
         escape_markdown(notes.COSTS),
         markdown_table(tables.costs(sweep)),
         "## How to read this",
         _list(notes.reading(sweep)),
-        "## What the runs stood on",
+        "## Provenance",
         _list(
             f"{what}: {', '.join(notes.counted(values))}"
             for what, values in notes.provenance(sweep).items()

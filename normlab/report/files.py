@@ -73,7 +73,7 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Returns what a fair comparison has in common: {what: value}."""
     if not manifest:
         return {}
-    commit = one_line(manifest.get("git_commit") or "unknown")
+    commit = one_line(manifest.get("git_commit") or "unknown")[:12]
     dirty = " with uncommitted changes" if manifest.get("git_dirty") else ""
     found = {"git commit": f"{commit}{dirty}"}
     for name, key in (

@@ -121,18 +121,18 @@ def reading(sweep: Sweep) -> list[str]:
         "Intervals from few seeds are wide by design: 2.48 standard deviations to each side for "
         "3 seeds, 1.24 for 5, 0.72 for 10. One seed has no interval. A t interval knows no bounds "
         "and can pass 0% or 100%.",
-        "The interval speaks of other seeds (initial values and order of the data) on this same "
-        "test set, not of other test sets. No winner is declared: overlapping intervals prove no "
-        "equality, and the largest of many means is partly luck.",
-        "A diverged run counts with the accuracy that it had when it stopped, and its cell is "
-        "marked, e.g. 1/3 diverged; without such a measurement it is missing from the mean, which "
-        "then flatters: read the mark with it. Failed, interrupted, running and planned runs have "
-        "no part in a mean and are marked too.",
-        "Step, compile and total seconds are medians over the runs of a cell, as measured while "
-        "the other workers of the sweep shared the machine. Compilation is not part of the step.",
-        "Batch statistics: evaluated with the statistics of test batches instead of the running "
-        "ones; recomputed statistics: with exact ones from a pass over the training set. Both "
-        f"exist only where the normalizer has state ({NOTHING} elsewhere).",
+        "The interval covers other seeds (initial values, order of the data) on this same test "
+        "set, not other test sets. No winner is declared: overlapping intervals prove no equality, "
+        "and the largest of many means is partly luck.",
+        "A diverged run counts with the accuracy that it had when it stopped, and its cell says "
+        "so, e.g. 1/3 diverged. Without such a measurement it is missing from the mean, which then "
+        "flatters: read the mark with it. Failed, interrupted, running and planned runs are in no "
+        "mean and are marked too.",
+        "Step, compile and total seconds are medians over the runs of a cell, measured as the "
+        "sweep ran, its workers sharing the machine. Compilation is not part of the step.",
+        "Batch statistics: each test batch normalized by its own statistics, in batches as in "
+        "training, instead of the running ones. Recomputed statistics: exact ones, from a pass "
+        f"over the training set. Only normalizers with state have both ({NOTHING} elsewhere).",
     ]
     return notes + footnotes(sweep)
 

@@ -21,12 +21,12 @@ def html(sweep: Sweep) -> str:
         f'<p class="lead">{escape(first)}</p>',
         _list(rest),
         f'<code class="command">{escape(sweep.command)}</code>' if sweep.command else "",
-        _beware(notes.warnings(sweep)),
+        _caveats(notes.warnings(sweep)),
         "<h2>Test accuracy</h2>",
         f'<p class="muted">{notes.HEADLINE}</p>',
         _table(tables.headline(sweep), "headline", under=_overrides(sweep)),
         _curves(sweep),
-        "<h2>Three evaluations, and what they cost</h2>",
+        "<h2>Evaluations and cost</h2>",
         f'<p class="muted">{notes.COSTS}</p>',
         _table(tables.costs(sweep), "costs"),
         "<h2>How to read this</h2>",
@@ -51,15 +51,15 @@ def _list(sentences: list[str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def _beware(warnings: list[str]) -> str:
+def _caveats(warnings: list[str]) -> str:
     if not warnings:
         return ""
-    return f'<section class="beware"><h2>Beware</h2>{_list(warnings)}</section>'
+    return f'<section class="caveats"><h2>Caveats</h2>{_list(warnings)}</section>'
 
 
-def _overrides(sweep: Sweep) -> list[str]:
-    """Returns what stands under each column name of the headline table."""
-    return ["", *(", ".join(notes.overrides(fields)) for fields in sweep.settings.values())]
+def _overrides(sweep: Sweep) -> list[list[str]]:
+    """Returns what stands under each column name of the headline table, by line."""
+    return [[], *(notes.overrides(fields) for fields in sweep.settings.values())]
 
 
 def _curves(sweep: Sweep) -> str:
@@ -88,7 +88,7 @@ def _provenance(sweep: Sweep) -> str:
     if not rows:
         return ""
     return (
-        "<h2>What the runs stood on</h2>"
+        "<h2>Provenance</h2>"
         f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
     )
 
@@ -96,34 +96,43 @@ def _provenance(sweep: Sweep) -> str:
 # Tables ------------------------------------------------------------------------------------------
 
 
-def _table(table: Table, name: str, under: list[str] | None = None) -> str:
-    """Returns a table in a container that scrolls sideways by itself."""
+def _table(table: Table, name: str, under: list[list[str]] | None = None) -> str:
+    """Returns a table in a container that scrolls sideways by itself.
+
+    `under` is small print under each column's name. Of two columns of names the first becomes a
+    heading over its rows, so that the second stays in sight on a phone.
+    """
+    grouped = table.num_names == 2
+    columns = table.columns[grouped:]
+    under = under or [[] for _ in columns]
     kinds = [
-        ' class="words"'
-        if index < table.num_names or index >= len(table.columns) - table.num_words
-        else ""
-        for index in range(len(table.columns))
+        ' class="words"' if index in table.words else ""
+        for index in range(grouped, len(table.columns))
     ]
-    under = under or [""] * len(table.columns)
     head = "".join(
         f'<th scope="col"{kind}>{escape(column)}'
-        + (f'<span class="override">{escape(extra)}</span>' if extra else "")
+        + "".join(f'<span class="override">{escape(line)}</span>' for line in lines)
         + "</th>"
-        for column, kind, extra in zip(table.columns, kinds, under, strict=True)
+        for column, kind, lines in zip(columns, kinds, under, strict=True)
     )
-    lines = []
+    body = []
+    heading = None
     for row in table.rows:
+        if grouped and row[0] != heading:
+            heading = row[0]
+            body.append(
+                f'<tr class="group"><th colspan="{len(columns)}" scope="rowgroup">'
+                f"<span>{escape(heading.text)}</span></th></tr>"
+            )
+        first, *rest = row[grouped:]
         cells = "".join(
-            f'<th scope="row"{kind}>{_cell(cell)}</th>'
-            if index < table.num_names
-            else f"<td{kind}>{_cell(cell)}</td>"
-            for index, (cell, kind) in enumerate(zip(row, kinds, strict=True))
+            f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True)
         )
-        lines.append(f"<tr>{cells}</tr>")
-    body = "\n".join(lines)
+        body.append(f'<tr><th scope="row" class="words">{_cell(first)}</th>{cells}</tr>')
+    rows = "\n".join(body)
     return (
         f'<div class="scroll" tabindex="0"><table class="{name}"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
+        f"<tbody>\n{rows}\n</tbody></table></div>"
     )
 
 

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 CAPTION = (
     "Test accuracy against optimizer steps. Line: mean over seeds; band: lowest to highest seed. "
     "Line and band end where the first seed ends; the seeds that go on are drawn thin. "
-    "× ends a diverged seed."
+    "× ends a diverged seed. Panels share one vertical scale; reaching high accuracies, it is "
+    "stretched towards 100%, so that equal distances are equal ratios of the error."
 )
 
+_TICKS = (10, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9)  # of the stretched scale, in percent
+_LEAST_ERROR = 0.05  # percent; the stretched scale ends at 100 minus this, as log 0 has no place
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (7, 1.6, 1.4, 1.6)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<")
 
@@ -36,11 +39,8 @@ def curves(sweep: Sweep) -> dict[str, str]:
     drawn = [setting for setting in sweep.settings if any(_curves_of(sweep, setting))]
     if not drawn:
         return {}
-    values = [100 * y for row in sweep.rows for _, y in row.curve]
-    low, high = min(values), max(values)
-    margin = 0.04 * max(high - low, 1)
-    # One vertical scale for all panels, so that they compare by eye.
-    limits = (max(low - margin, 0), min(high + margin, 101.5))
+    values = [100 * accuracy for row in sweep.rows for _, accuracy in row.curve]
+    limits = min(values), max(values)
     with _plain_matplotlib():
         return {
             setting: _svg(_panel(sweep, setting, limits), f"curve{index}")
@@ -71,16 +71,39 @@ def _panel(sweep: Sweep, setting: str, limits: tuple[float, float]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(4.7, 3.1))
-    axes = figure.add_axes((0.115, 0.145, 0.865, 0.83))
+    figure = Figure(figsize=(4.7, 3.2))
+    axes = figure.add_axes((0.125, 0.145, 0.855, 0.835))
     for index, norm in enumerate(sweep.norms):
         _draw(axes, [row for row in _curves_of(sweep, setting) if row.norm == norm], index)
-    axes.set_ylim(*limits)
+    _scale(axes, *limits)
+    axes.set_xlim(left=0)
     axes.set_xlabel("steps")
     axes.set_ylabel("test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
+
+
+def _scale(axes: "Axes", low: float, high: float) -> None:
+    """Sets the accuracy axis for values from `low` to `high` percent."""
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    if len(ticks) < 4:
+        margin = 0.04 * max(high - low, 1)
+        axes.set_ylim(low - margin, high + margin)
+        return
+    import numpy as np
+
+    def stretch(percent: np.ndarray) -> np.ndarray:
+        return -np.log10(np.maximum(100 - percent, _LEAST_ERROR))
+
+    def unstretch(position: np.ndarray) -> np.ndarray:
+        return 100 - 10**-position
+
+    axes.set_yscale("function", functions=(stretch, unstretch))
+    ends = stretch(np.array([low, high]))
+    margin = 0.04 * (ends[1] - ends[0])
+    axes.set_ylim(*unstretch(ends + np.array([-margin, margin])))
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _draw(axes: "Axes", rows: list[Row], index: int) -> None:
@@ -141,7 +164,9 @@ def _plain_matplotlib() -> Iterator[None]:
             {
                 "svg.fonttype": "none",
                 "svg.hashsalt": "normlab",
-                "font.size": 9.5,
+                "font.size": 10,
+                "figure.facecolor": "none",
+                "axes.facecolor": "none",
                 "text.color": _STAND_IN[INK],
                 "axes.labelcolor": _STAND_IN[MUTED],
                 "axes.edgecolor": _STAND_IN[LINE],

@@ -67,28 +67,28 @@ h3{font-size:.95rem;margin:0 0 .15rem;overflow-wrap:anywhere}
 p{margin:.4rem 0;max-width:46rem;overflow-wrap:anywhere}
 a{color:var(--link)}
 code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em}
-.lead{font-size:1.12rem}
+.lead{font-size:1.12rem;text-wrap:balance}
 .muted,figcaption,.override{color:var(--muted);font-size:.88rem}
-.override{display:block;font-weight:400;font-size:.78rem}
+.override{display:block;font-weight:400;font-size:.78rem;white-space:nowrap}
 .command{display:block;margin:.9rem 0 0;padding:.6rem .8rem;border:1px solid var(--line);
  border-radius:8px;background:var(--card);overflow-x:auto;white-space:pre}
 ul{margin:.5rem 0;padding-left:1.15rem;max-width:52rem}
 li{margin:.25rem 0;overflow-wrap:anywhere}
-.beware{margin:1.4rem 0 0;padding:.65rem 1rem;border-left:4px solid var(--bad);
+.caveats{margin:1.4rem 0 0;padding:.65rem 1rem;border-left:4px solid var(--bad);
  border-radius:0 8px 8px 0;background:var(--bad-card)}
-.beware h2{margin:0;font-size:1rem}
+.caveats h2{margin:0;font-size:1rem}
 .scroll{overflow-x:auto;margin:.7rem 0;border:1px solid var(--line);border-radius:10px;
  background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem .9rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);
  white-space:nowrap}
 tr:last-child>*{border-bottom:0}
-thead th{vertical-align:bottom;color:var(--muted);font-weight:600;font-size:.84rem}
+thead th{vertical-align:bottom;color:var(--muted);font-weight:600;font-size:.84rem;
+ white-space:normal;line-height:1.3}
 th{font-weight:600}
 .words{text-align:left}
-td.words{min-width:9rem}
-.remarks{white-space:normal;min-width:16rem}
-tbody th:first-child,thead th:first-child{position:sticky;left:0;background:var(--card)}
+.runs td:last-child{white-space:normal;min-width:14rem}
+th.words:first-child{position:sticky;left:0;background:var(--card)}
 .headline td,.headline tbody th{padding-top:.6rem;padding-bottom:.6rem}
 .headline .value{font-size:1.08rem;font-weight:600}
 .headline thead th{color:var(--ink);font-size:.92rem}
@@ -96,7 +96,8 @@ tbody th:first-child,thead th:first-child{position:sticky;left:0;background:var(
 .spread{color:var(--muted);white-space:nowrap}
 .detail{color:var(--muted);font-size:.8rem}
 .mark{display:block;color:var(--bad);font-size:.8rem;font-weight:600}
-.group>*{border-top:2px solid var(--line)}
+.group th{padding-top:1rem;text-align:left;font-size:.84rem;color:var(--muted)}
+.group span{position:sticky;left:.6rem}
 .diverged,.failed{color:var(--bad);font-weight:600}
 .interrupted,.running{color:var(--wait);font-weight:600}
 .planned{color:var(--muted)}
@@ -112,11 +113,12 @@ figure svg{display:block;width:100%;height:auto}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
 svg text{font-family:inherit!important}
 .facts th,.facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}
-.facts th{white-space:nowrap}
+.facts th{white-space:nowrap;width:1%;padding-right:2rem}
 @media (max-width:34rem){
  main{padding:1.3rem .9rem 3rem}
  h1{font-size:1.4rem}
  th,td{padding:.45rem .6rem}
  figure{padding:.6rem .4rem .3rem}
+ .headline .value{font-size:1rem}
 }
 """

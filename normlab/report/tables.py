@@ -6,6 +6,7 @@ terminal only draw it.
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Cell:
 
     def __str__(self) -> str:
         value = f"{self.text} ± {self.spread}" if self.spread else self.text
-        marks = f"[{', '.join(self.marks)}]" if self.marks else ""
+        marks = f"({', '.join(self.marks)})" if self.marks else ""
         return " ".join(filter(None, (value, self.detail, marks)))
 
 
@@ -60,7 +61,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     num_names: int = 1
-    num_words: int = 0  # last columns that hold words, not numbers
+    words: frozenset[int] = frozenset({0})  # places of the columns of words; the rest are numbers
 
 
 # The tables --------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def costs(sweep: Sweep) -> Table:
         ),
         rows=tuple(rows),
         num_names=2,
-        num_words=1,
+        words=frozenset({0, 1, 9}),
     )
 
 
@@ -167,7 +168,7 @@ def run_list(sweep: Sweep) -> Table:
         ),
         rows=tuple(_run(row, sweep.directory) for row in sweep.rows),
         num_names=2,
-        num_words=1,
+        words=frozenset({0, 1, 3, 4, 8}),
     )
 
 
@@ -234,10 +235,7 @@ def significant(value: float) -> str:
 
 def markdown_table(table: Table) -> str:
     """Returns a table of GitHub's Markdown; names cannot break out of their cell."""
-    aligned = [
-        "---" if index < table.num_names or index >= len(table.columns) - table.num_words else "--:"
-        for index in range(len(table.columns))
-    ]
+    aligned = ["---" if index in table.words else "--:" for index in range(len(table.columns))]
     lines = [map(escape_markdown, table.columns), aligned]
     lines += [map(_markdown_cell, row) for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -250,8 +248,10 @@ def _markdown_cell(cell: Cell) -> str:
 
 def escape_markdown(text: str) -> str:
     """Returns text that Markdown shows as it stands."""
-    for char in "\\`*_[]|~$":
+    for char in "\\`*[]|~$":
         text = text.replace(char, f"\\{char}")
+    # Inside a word an underscore means nothing, and batch_norm reads better than batch\_norm.
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -264,7 +264,8 @@ def csv_text(sweep: Sweep) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     what = ("setting", "norm", "seed", "id", "shared_with", "state", "step")
-    writer.writerow([*what, *labels, *metrics, *made_with, "message", "notes"])
+    versions = [key.replace(" ", "_") for key in made_with]
+    writer.writerow([*what, *labels, *metrics, *versions, "message", "notes"])
     for row in sweep.rows:
         line = [getattr(row, name) for name in what]
         line += [row.labels.get(key, "") for key in labels]

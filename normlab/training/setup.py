@@ -43,13 +43,17 @@ class Parts:
         return jax.eval_shape(lambda k, x: self.model.init(k, x, train=False), key, images)
 
 
-def build_parts(config: ConfigDict) -> Parts:
-    """Builds the parts of a run; raises UserError, one line, for what does not fit together."""
+def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
+    """Builds the parts of a run; raises UserError, one line, for what does not fit together.
+
+    With `need_data`, also for a data set that is not where the config says.
+    """
     length = RunLength.of(config)
     _check_numbers(config)
     parallel.check_batch(config)
     parallel.steps_per_dispatch(config)
-    check_source(config.data)
+    if need_data:
+        check_source(config.data)
     try:
         model = models.build(config, length, num_devices=parallel.num_devices())
     except ValueError as error:

@@ -1,0 +1,44 @@
+# Each target is a line or two that a person could type. Needs Python 3.11 or later, make and git.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install install-dev demo test test-all lint bench clean
+
+install: $(VENV)/installed            ## make the environment: exact pins, then normlab itself
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "normlab needs Python 3.11 or later, not " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+install-dev: $(VENV)/installed-dev    ## the same, with what tests and lint need
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: install                         ## compare six normalizers on digits, three settings, three seeds
+	$(BIN)/normlab compare configs/digits.py --workdir=runs/demo --seeds=3 \
+	  --norms=none,batch_norm,layer_norm,group_norm,instance_norm,batch_renorm \
+	  --setting='lr 0.1:' --setting='lr 0.5:optim.base_lr=0.5' \
+	  --setting='batch of 1:batch_stats.scope=ghost,batch_stats.ghost_size=1'
+
+test: install-dev                     ## the fast tests
+	$(BIN)/python -m pytest -m 'not slow' -n auto
+
+test-all: install-dev                 ## all tests; NORMLAB_DATA=DIR adds those on CIFAR-10 and MNIST
+	$(BIN)/python -m pytest -n auto
+
+lint: install-dev                     ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install                        ## a training step against plain Flax (and PyTorch if installed)
+	$(BIN)/python scripts/bench_step.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

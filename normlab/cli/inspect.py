@@ -1,0 +1,107 @@
+"""`normlab inspect`: what a config is, before anything is computed."""
+
+import argparse
+import inspect
+from typing import Any
+
+HELP = "show every resolved field, the parameters and the normalizers by layer; computes nothing"
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("--config", required=True, metavar="FILE.py[:choices]")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the tables; returns 0."""
+    import math
+
+    from normlab import models, optim
+    from normlab.config import field_type, flatten, load_config
+    from normlab.models.layers import norm_layers
+    from normlab.training.setup import build_parts, id_of
+
+    config = load_config(args.config, args.overrides)
+    parts = build_parts(config, need_data=False)
+    meaning = field_meanings(config)
+
+    print(f"run {id_of(config)}\n")
+    rows = []
+    for name, value in flatten(config).items():
+        section, _, key = name.rpartition(".")
+        kind, may_be_none = field_type(config[section] if section else config, key)
+        type_name = kind.__name__ + (" or none" if may_be_none else "")
+        rows.append((name, _text(value), type_name, meaning.get(name, "")))
+    _print_table(("field", "value", "type", "meaning"), rows)
+
+    length = parts.length
+    print(
+        f"\n{length.num_steps} steps of {length.batch_size} examples, "
+        f"{length.steps_per_epoch} steps an epoch; "
+        f"peak learning rate {optim.peak_learning_rate(config):g}"
+    )
+    params = parts.abstract_variables()["params"]
+    print(f"{models.count_params(params):,} parameters\n")
+    roles = _flat(optim.roles(params))
+    decayed = _flat(optim.role_mask(params, config.optim.decay_roles))
+    decays = config.optim.weight_decay > 0
+    rows = [
+        (
+            name,
+            "×".join(map(str, leaf.shape)) or "scalar",
+            f"{math.prod(leaf.shape):,}",
+            roles[name],
+            "yes" if decays and decayed[name] else "no",
+        )
+        for name, leaf in _flat(params).items()
+    ]
+    _print_table(("parameter", "shape", "numbers", "role", "decayed"), rows)
+
+    layers = norm_layers(parts.model, parts.info.image_shape)
+    rows = [(x.path, x.kind, "×".join(map(str, x.shape)), x.note) for x in layers]
+    print()
+    _print_table(("normalizer", "kind", "input", "note"), rows)
+    return 0
+
+
+def field_meanings(config: Any) -> dict[str, str]:
+    """Returns {dotted name: meaning} from the comments beside the fields' definitions."""
+    from normlab.config import UNITS, base_source, flatten, meanings
+    from normlab.models import CONVS, MODELS
+    from normlab.norms import NORMS
+    from normlab.optim import OPTIMIZERS
+
+    found = meanings(base_source())
+    registries = {"norm": NORMS, "model": MODELS, "conv": CONVS, "optim": OPTIMIZERS}
+    for section, registry in registries.items():
+        found[f"{section}.kind"] = "chosen after the colon (read-only)"
+        for cls in reversed(registry[config[section].kind].__mro__):
+            if cls.__module__.startswith("normlab."):
+                fields = meanings(inspect.getsource(cls))
+                found = {f"{section}.{name}": text for name, text in fields.items()} | found
+    for name in flatten(config):
+        stem, _, unit = name.rpartition("_")
+        if unit in UNITS and name not in found:
+            text = found.get(stem) or found.get(f"{stem}_steps", "")
+            found[name] = f"{text} [{unit}]" if text else ""
+        elif unit in UNITS and f"{stem}_epochs" in flatten(config):
+            found[name] = f"{found[name]} [{unit}]"
+    return found
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    from flax import traverse_util
+
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Prints aligned columns; the last one is as wide as it is."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

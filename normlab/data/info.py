@@ -1,0 +1,86 @@
+"""Facts about data sets that need no data: shapes, sizes, classes, means. Imports nothing heavy."""
+
+import dataclasses
+
+from normlab.errors import unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """A data set of images, as normlab sees it."""
+
+    name: str
+    image_shape: tuple[int, int, int]  # H, W, C
+    num_classes: int
+    num_train: int
+    num_test: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]  # of each channel over the training pixels, in [0, 1]
+    std: tuple[float, ...]  # standard deviation likewise
+
+
+_DIGITS = tuple("0123456789")
+_CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+_CIFAR100 = tuple(
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
+    crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+    lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+)
+
+# Means and deviations were computed from the training images, in float64, except CIFAR-100's,
+# which are the usual published ones (e.g. weiaicunzai/pytorch-cifar100, conf/global_settings.py).
+DATASETS = {
+    info.name: info
+    for info in (
+        DatasetInfo("digits", (8, 8, 1), 10, 1437, 360, _DIGITS, (0.3058,), (0.3761,)),
+        DatasetInfo("mnist", (28, 28, 1), 10, 60_000, 10_000, _DIGITS, (0.1307,), (0.3081,)),
+        DatasetInfo(
+            "fashion_mnist", (28, 28, 1), 10, 60_000, 10_000, _CLOTHES, (0.2860,), (0.3530,)
+        ),
+        DatasetInfo(
+            "cifar10",
+            (32, 32, 3),
+            10,
+            50_000,
+            10_000,
+            _CIFAR10,
+            (0.4914, 0.4822, 0.4465),
+            (0.2470, 0.2435, 0.2616),
+        ),
+        DatasetInfo(
+            "cifar100",
+            (32, 32, 3),
+            100,
+            50_000,
+            10_000,
+            _CIFAR100,
+            (0.5071, 0.4865, 0.4409),
+            (0.2673, 0.2564, 0.2762),
+        ),
+    )
+}
+"""Data sets by config name."""
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Returns the facts of the data set `name`; raises UserError if there is none."""
+    if name not in DATASETS:
+        raise unknown("data set", name, DATASETS)
+    return DATASETS[name]

@@ -1,0 +1,55 @@
+"""The normalizers of a model, layer by layer, found without computing anything."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from normlab.norms import NORMS, GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class NormLayer:
+    """One normalizer in a model."""
+
+    path: str  # its place, e.g. stage1_block1/norm1
+    kind: str  # config name
+    shape: tuple[int, ...]  # of its input, without the batch
+    note: str  # where it departs from what the config says; "" else
+
+
+def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLayer]:
+    """Returns the normalizers in the order in which an image [H, W, C] meets them."""
+    kinds = {cls: name for name, cls in NORMS.items()}
+    found: list[NormLayer] = []
+
+    def watch(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        module = context.module
+        if type(module) in kinds and context.method_name == "__call__":
+            shape = tuple(args[0].shape[1:])
+            path = "/".join(module.path)
+            found.append(NormLayer(path, kinds[type(module)], shape, _note(module, shape[-1])))
+        return call(*args, **kwargs)
+
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    return found
+
+
+def _note(module: nn.Module, channels: int) -> str:
+    if not isinstance(module, GroupNorm):
+        return ""
+    wish, groups = module.num_groups, module.groups_of(channels)
+    if module.group_size is not None:
+        if channels == groups * module.group_size:
+            return ""
+        return f"group_size {module.group_size} does not divide {channels} channels: {groups} groups"
+    if groups == wish:
+        return ""
+    return f"num_groups {wish} does not divide {channels} channels: {groups} groups"

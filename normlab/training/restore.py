@@ -1,0 +1,85 @@
+"""A run's checkpoint, back in memory."""
+
+from pathlib import Path
+from typing import Any
+
+from normlab import run
+from normlab.config import from_json
+from normlab.data import load
+from normlab.errors import UserError
+from normlab.training import checkpoint, parallel
+from normlab.training.evaluate import Evaluator
+from normlab.training.setup import Parts, build_parts, id_of
+from normlab.training.state import TrainState, create_state
+
+
+def restore(
+    folder: Path,
+    step: int | None,
+    compiler: parallel.Compiler,
+    *,
+    batch_size: int | None = None,
+    data_path: str | None = None,
+) -> tuple[Parts, int, TrainState]:
+    """Returns (parts, step, state) of a run's checkpoint: of `step`, or the newest good one.
+
+    Raises UserError, one line, if the folder is no run, or has no such or no good checkpoint.
+    """
+    saved = run.read_json(folder / "config.json")
+    if saved is None:
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no config.json")
+    config = from_json(saved)
+    if batch_size is not None:
+        config.eval.batch_size = batch_size
+    if data_path is not None:
+        config.data.path = data_path
+    parts = build_parts(config)
+    like = create_state(parts, compiler)
+    checkpoints = folder / "checkpoints"
+    there = checkpoint.steps(checkpoints)
+    if not there:
+        raise UserError(f"run {str(folder)!r} has no checkpoint")
+    identity = run.read_json(folder / "manifest.json") or {}
+    facts = {"run": identity.get("id", id_of(config)), "seed": config.seed}
+    if step is None:
+        found = checkpoint.latest(checkpoints, like, facts)
+        if found is None:
+            raise UserError(f"run {str(folder)!r} has no good checkpoint")
+        return parts, found[0], found[1]
+    if step not in there:
+        nearest = min(there, key=lambda other: abs(other - step))
+        raise UserError(f"run {str(folder)!r} has no checkpoint of step {step}; nearest: {nearest}")
+    state, _ = checkpoint.load(checkpoints / str(step), like, facts)
+    return parts, step, state
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    step: int | None = None,
+    use_ema: bool | None = None,
+    batch_size: int | None = None,
+    data_path: str | None = None,
+) -> dict[str, Any]:
+    """Returns the test metrics of a run's checkpoint, in all the ways of `Evaluator.all_ways`.
+
+    `use_ema` None: as the config says. Raises UserError as `restore` does, and if moving averages
+    are asked for that the run did not keep.
+    """
+    compiler = parallel.Compiler()
+    parts, step, state = restore(
+        folder, step, compiler, batch_size=batch_size, data_path=data_path
+    )
+    parallel.enable_compilation_cache(parts.config)
+    if use_ema and state.ema is None:
+        raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
+    data = load(parts.config.data)
+    mesh = parallel.make_mesh()
+    evaluator = Evaluator(parts.model, parts.info, mesh, compiler)
+    train_data, test_data = (
+        parallel.replicate((part.images, part.labels), mesh) for part in (data.train, data.test)
+    )
+    variables = state.variables(parts.config.eval.use_ema if use_ema is None else use_ema)
+    variables = parallel.replicate(variables, mesh)
+    metrics = evaluator.all_ways(parts, variables, train_data, test_data)
+    return {"step": step, **{f"test_{name}": value for name, value in metrics.items()}}
