@@ -1,6 +1,7 @@
 """The run folder: the one place that knows its layout. Imports no jax.
 
     config.json       resolved config, reloadable
+    identity.json     the part of it that makes the run what it is, hashed to the run's id
     manifest.json     what the run stood on: commit, versions, devices, threads, seed, hashes
     metrics.jsonl     a line an event, no clock in it
     timing.jsonl      seconds by step
@@ -26,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from normlab import __version__
 from normlab.environment import RECORDED, threads
 from normlab.errors import UserError
 
@@ -132,9 +134,9 @@ def free_name(path: Path) -> Path:
 
 
 def open_folder(folder: Path, identity_config: Mapping[str, Any]) -> None:
-    """Makes the folder, or checks that it belongs to this config.
+    """Makes the folder this config's, or checks that it is.
 
-    `identity_config` is `config.identity(...)` of the run. Raises UserError if the folder cannot be
+    `identity_config` is `config.identity(...)` of the run, kept in identity.json. Raises UserError if the folder cannot be
     made or written, holds something else, or holds another config's run (naming the first field
     that differs); nothing in it is touched then.
     """
@@ -154,6 +156,7 @@ def open_folder(folder: Path, identity_config: Mapping[str, Any]) -> None:
                 f"workdir {str(folder)!r} is not a run folder and holds {sorted(strangers)[0]!r}; "
                 "choose an empty or new folder"
             )
+        write_json(folder / "identity.json", identity_config)
         return
     difference = first_difference(there, identity_config)
     if difference:
@@ -273,6 +276,16 @@ def git_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def _version(package: str) -> str | None:
+    """Returns a package's version, also of a normlab that is run without being installed."""
+    if package == "normlab":
+        return __version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe_machine() -> dict[str, Any]:
     """Returns what a run stood on apart from its config: commit, versions, threads, environment."""
     commit, dirty = git_state()
@@ -281,7 +294,7 @@ def describe_machine() -> dict[str, Any]:
         "git_dirty": dirty,
         "python": platform.python_version(),
         "platform": f"{sys.platform}-{platform.machine()}",
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "threads": threads(),
         "environment": {name: os.environ[name] for name in RECORDED if name in os.environ},
     }

@@ -13,7 +13,17 @@ from typing import NoReturn
 from normlab.environment import reexecute
 from normlab.errors import MachineFault, UserError, unknown
 
-COMMANDS = ("train", "compare", "eval", "report", "status", "inspect", "list")
+COMMANDS = {
+    "train": "train",
+    "compare": "compare",
+    "eval": "eval",
+    "report": "report",
+    "status": "status",
+    "inspect": "inspect",
+    "list": "names",
+}
+"""Module of each command; the one of `list` would hide Python's own `list` in this package."""
+
 _COMPUTING = ("train", "compare", "eval")
 
 
@@ -50,11 +60,12 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog="normlab", description="A laboratory for normalization experiments.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {}
-    for name in COMMANDS:
-        module = modules[name] = importlib.import_module(f"normlab.cli.{name}")
+    for name, home in COMMANDS.items():
+        module = modules[name] = importlib.import_module(f"normlab.cli.{home}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
-        command.set_defaults(overrides={}, takes_config=module.__dict__.get("TAKES_CONFIG", False))
+        takes_config = getattr(module, "TAKES_CONFIG", False)
+        command.set_defaults(overrides={}, takes_config=takes_config)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         raise unknown("command", arguments[0], COMMANDS)
     parsed, rest = parser.parse_known_args(arguments)

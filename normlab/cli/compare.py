@@ -54,8 +54,10 @@ def main(args: argparse.Namespace) -> int:
     sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
     with show_progress(sys.stdout) as progress:
         states = sweep.run_plan(plan, folder, args.jobs, args.threads, progress)
-    print(report.terminal_table(folder))
-    for path in report.write(folder):
+    results = report.load(folder)
+    paths = report.write(folder, results)
+    report.show(results, sys.stdout)
+    for path in paths:
         print(path)
     bad = {run_id: state for run_id, state in states.items() if state not in ("done", "diverged")}
     for run_id, state in bad.items():

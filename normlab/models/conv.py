@@ -7,7 +7,6 @@ sizes of CIFAR nets: 29.8 against 10.3 ms at 128×32×32×16 on two x86 cores.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -117,20 +116,20 @@ def conv_with_matmul_gradient(
     return _conv(x, kernel, window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: Array, kernel: Array, window: Window) -> Array:
-    return lax.conv_general_dilated(
-        x, kernel, *window, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+def _plain_conv(x: Array, kernel: Array, window: Window) -> Array:
+    return lax.conv_general_dilated(x, kernel, *window, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+_conv = jax.custom_vjp(_plain_conv, nondiff_argnums=(2,))
 
 
 def _conv_forward(x: Array, kernel: Array, window: Window) -> tuple[Array, tuple[Array, Array]]:
-    return _conv(x, kernel, window), (x, kernel)
+    return _plain_conv(x, kernel, window), (x, kernel)
 
 
 def _conv_backward(window: Window, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    _, input_gradient = jax.vjp(lambda x: _conv(x, kernel, window), x)
+    _, input_gradient = jax.vjp(lambda x: _plain_conv(x, kernel, window), x)
     return *input_gradient(g), filter_gradient(x, g, kernel.shape, window).astype(kernel.dtype)
 
 

@@ -196,7 +196,6 @@ def _svg(figure: "Figure", prefix: str) -> str:
     text = text[text.index("<svg") :].rstrip()
     # The file's own style sheet would speak to the whole page; the page has the same rule.
     text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' aria-hidden="true"', text, count=1)
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     for name, colour in _STAND_IN.items():

@@ -68,7 +68,7 @@ p{margin:.4rem 0;max-width:46rem;overflow-wrap:anywhere}
 a{color:var(--link)}
 code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em}
 .lead{font-size:1.12rem;text-wrap:balance}
-.muted,figcaption,.override{color:var(--muted);font-size:.88rem}
+.muted,.override{color:var(--muted);font-size:.88rem}
 .override{display:block;font-weight:400;font-size:.78rem;white-space:nowrap}
 .command{display:block;margin:.9rem 0 0;padding:.6rem .8rem;border:1px solid var(--line);
  border-radius:8px;background:var(--card);overflow-x:auto;white-space:pre}

@@ -13,7 +13,7 @@ from flax import traverse_util
 from normlab import run
 from normlab.config import to_json
 from normlab.models.layers import norm_layers
-from normlab.training.setup import Parts, id_of, run_identity
+from normlab.training.setup import Parts, id_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def describe_run(
     data_order_hash: str,
     params: Any,
 ) -> None:
-    """Writes config.json, identity.json and manifest.json; a resumed run keeps the first ones.
+    """Writes config.json and manifest.json; a resumed run keeps the first ones.
 
     `params` are the initial ones. What the resuming process stands on goes into `resumed` of the
     manifest, if it differs.
@@ -51,7 +51,6 @@ def describe_run(
             manifest["resumed"] = [*manifest.get("resumed", []), machine]
             run.write_json(folder / "manifest.json", manifest)
         return
-    run.write_json(folder / "identity.json", run_identity(parts.config))
     run.write_json(folder / "config.json", to_json(parts.config))
     manifest = {
         "schema_version": 1,

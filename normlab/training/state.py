@@ -25,9 +25,14 @@ class Totals:
 
     @classmethod
     def zeros(cls) -> "Totals":
-        """Returns sums over no steps."""
-        i, f = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return cls(steps=i, loss=f, correct=i, gradient_norm=f, nonfinite=i)
+        """Returns sums over no steps, each an array of its own: a donated one must not be two."""
+        return cls(
+            steps=jnp.zeros((), jnp.int32),
+            loss=jnp.zeros((), jnp.float32),
+            correct=jnp.zeros((), jnp.int32),
+            gradient_norm=jnp.zeros((), jnp.float32),
+            nonfinite=jnp.zeros((), jnp.int32),
+        )
 
 
 @struct.dataclass
@@ -42,8 +47,12 @@ class Health:
     @classmethod
     def good(cls) -> "Health":
         """Returns the health of a run before its first step."""
-        i = jnp.zeros((), jnp.int32)
-        return cls(streak=i, culprit=i, first_step=i, diverged=jnp.zeros((), bool))
+        return cls(
+            streak=jnp.zeros((), jnp.int32),
+            culprit=jnp.zeros((), jnp.int32),
+            first_step=jnp.zeros((), jnp.int32),
+            diverged=jnp.zeros((), bool),
+        )
 
 
 CULPRITS = ("", "loss", "gradient", "batch_stats")

@@ -197,7 +197,7 @@ def test_a_copied_run_folder_is_no_further_seed(make_run, tmp_path):
 def test_nothing_to_report_on_is_one_line(make_sweep, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no run$"):
+    with pytest.raises(UserError, match=r"holds no run$"):
         load(tmp_path)
     make_sweep(tmp_path / "demo", **ONE)
     with pytest.raises(UserError, match=r"holds no run; did you mean '.*demo'\?$"):

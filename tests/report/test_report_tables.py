@@ -110,10 +110,17 @@ def test_three_evaluations_only_where_there_is_state(make_sweep, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.00123, "0.001"), (0.5, "0.500"), (1.234, "1.23"), (9.996, "10.0"), (99.96, "100")]
-    + [(1234.5, "1,234"), (0.9996, "1.00")],
+    [
+        (0.00123, "0.001"),
+        (0.5, "0.500"),
+        (0.9996, "1.00"),
+        (1.234, "1.23"),
+        (9.996, "10.0"),
+        (99.96, "100"),
+        (1234.4, "1,234"),
+    ],
 )
-def test_three_significant_digits(value, text):
+def test_seconds_have_three_significant_digits(value, text):
     assert tables.significant(value) == text
 
 
