@@ -1,55 +1,62 @@
 """The official files of CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST, as people have them on disk.
 
-CIFAR: the python or the binary version, as the tar.gz or unpacked. MNIST and Fashion-MNIST: the four
-idx files, gzipped or not, in a folder or a tar. `data.path` is the archive, the folder with the
-files, or the folder that holds either. Archives are read in memory, member by member; nothing is
-written to disk, so no member's name can lead anywhere. No read goes past the size that a file must
-have, so a small file that unpacks to a huge one is refused and not unpacked.
+CIFAR: the python or the binary version, as the tar.gz or unpacked. MNIST and Fashion-MNIST: the
+four idx files, gzipped or not, in a folder or a tar. `data.path` is the archive, the folder with
+the files, or the folder that holds either. Archives are read in memory, member by member; nothing
+is written to disk, so no member's name can lead anywhere. No read goes past the size that a file
+must have, so a small file that unpacks to a huge one is refused and not unpacked.
 
-Published MD5 sums are checked for the official tar.gz files (by name). Single idx.gz files come in
-several compressions of the same bytes (Debian's Fashion-MNIST is one), so of these the size after
-unpacking and the header are checked.
+Published sizes and MD5 sums are checked for the official tar.gz files, known by their names. Single
+idx.gz files go about in several compressions of the same bytes (Debian's Fashion-MNIST is one), so
+of these the unpacked size, the header and gzip's own checksum are checked.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
 import io
-import pickle
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import numpy as np
-
+from normlab.data.decode import CIFAR_BINARY, CIFAR_PYTHON, IDX, Arrays, File, Form
 from normlab.data.info import DatasetInfo
 from normlab.errors import UserError
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int32 [N]
-
-# From https://www.cs.toronto.edu/~kriz/cifar.html.
-PUBLISHED_MD5 = {
-    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-    "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-    "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
-    "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+# Bytes and MD5; the sums are from https://www.cs.toronto.edu/~kriz/cifar.html.
+PUBLISHED = {
+    "cifar-10-python.tar.gz": (170_498_071, "c58f30108f718f92721af3b95e74349a"),
+    "cifar-10-binary.tar.gz": (170_052_171, "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar-100-python.tar.gz": (169_001_437, "eb9058c3a382ffc7106e4002c42a8d85"),
+    "cifar-100-binary.tar.gz": (168_513_733, "03b5dce01913d631647c71ecec9e9cb8"),
 }
+
+_ROOM = 2**20  # bytes of an archive's headers and small files (readme, names of the classes)
+_LARGEST = 2**28  # bytes; no archive unpacks to more (CIFAR: 2^27.5)
+_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One official layout: its folder inside the archive and the files of each split."""
+    """One official layout: its archive, the folders it unpacks to, and the files of each split."""
 
-    archive: str  # name of the official archive; "" if there is none
-    folder: str  # name of the folder it unpacks to
-    form: str  # cifar_python, cifar_binary or idx
+    archive: str
+    folders: tuple[str, ...]
+    form: Form
     train: tuple[str, ...]
     test: tuple[str, ...]
 
+    def sizes(self, info: DatasetInfo) -> dict[str, int]:
+        """Returns the bytes of each file, unpacked, by its official name (see `Form.sizes`)."""
+        train = self.form.sizes(info, info.num_train, len(self.train))
+        test = self.form.sizes(info, info.num_test, len(self.test))
+        return dict(zip(self.train + self.test, train + test, strict=True))
 
+
+_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _IDX_TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _IDX_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -57,112 +64,168 @@ LAYOUTS = {
     "cifar10": (
         Layout(
             "cifar-10-python.tar.gz",
-            "cifar-10-batches-py",
-            "cifar_python",
-            tuple(f"data_batch_{i}" for i in range(1, 6)),
+            ("cifar-10-batches-py",),
+            CIFAR_PYTHON,
+            _BATCHES,
             ("test_batch",),
         ),
         Layout(
             "cifar-10-binary.tar.gz",
-            "cifar-10-batches-bin",
-            "cifar_binary",
-            tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+            ("cifar-10-batches-bin",),
+            CIFAR_BINARY,
+            tuple(f"{name}.bin" for name in _BATCHES),
             ("test_batch.bin",),
         ),
     ),
     "cifar100": (
         Layout(
-            "cifar-100-python.tar.gz", "cifar-100-python", "cifar_python", ("train",), ("test",)
+            "cifar-100-python.tar.gz",
+            ("cifar-100-python",),
+            CIFAR_PYTHON,
+            ("train",),
+            ("test",),
         ),
         Layout(
             "cifar-100-binary.tar.gz",
-            "cifar-100-binary",
-            "cifar_binary",
+            ("cifar-100-binary",),
+            CIFAR_BINARY,
             ("train.bin",),
             ("test.bin",),
         ),
     ),
-    "mnist": (Layout("mnist.tar.gz", "mnist", "idx", _IDX_TRAIN, _IDX_TEST),),
+    "mnist": (Layout("mnist.tar.gz", ("mnist", "MNIST/raw"), IDX, _IDX_TRAIN, _IDX_TEST),),
     "fashion_mnist": (
-        Layout("fashion-mnist.tar.gz", "fashion-mnist", "idx", _IDX_TRAIN, _IDX_TEST),
+        Layout(
+            "fashion-mnist.tar.gz",
+            ("fashion-mnist", "FashionMNIST/raw"),
+            IDX,
+            _IDX_TRAIN,
+            _IDX_TEST,
+        ),
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Where a layout was found: a folder with its files, or a tar archive."""
+    """Where a layout was found: `path` is the folder with its files, or a tar archive."""
 
     layout: Layout
     path: Path
-
-    @property
-    def is_tar(self) -> bool:
-        """True for a tar archive, compressed or not."""
-        return self.path.is_file()
 
 
 # Finding -----------------------------------------------------------------------------------------
 
 
 def find(info: DatasetInfo, path_text: str | None) -> Found:
-    """Returns where the files of a data set are; raises UserError, naming what was looked for."""
+    """Returns where the files of a data set are, having opened none that is large.
+
+    Raises UserError for a path that is unset, does not exist, or holds another data set or none,
+    and for a file that is missing or has the wrong number of bytes.
+    """
     layouts = LAYOUTS.get(info.name)
     if layouts is None:
         raise UserError(f"data set {info.name!r} has no archive; use --config.data.source=sklearn")
-    if path_text is None:
-        wanted = " or ".join(layout.archive or layout.folder for layout in layouts)
+    if not path_text:
+        wanted = " or ".join(layout.archive for layout in layouts)
         raise UserError(f"config field 'data.path' is not set; it names {wanted}, or their folder")
-    path = Path(path_text).expanduser()
-    if not path.exists():
-        raise UserError(f"config field 'data.path' = {path_text!r} does not exist")
-    for layout in layouts:
-        found = _find_layout(layout, path)
-        if found:
-            return found
-    wanted = ", ".join(f"{layout.folder}/, {layout.archive}" for layout in layouts)
-    other = _other_data_set(path, info.name)
-    hint = f"; it holds {other!r}" if other else f"; looked for {wanted}"
-    raise UserError(f"config field 'data.path' = {path_text!r} holds no {info.name!r}{hint}")
+    field = f"config field 'data.path' = {path_text!r}"
+    path = Path(os.path.expanduser(path_text))
+    try:
+        if not path.exists():
+            raise UserError(f"{field} does not exist")
+        found = _search(path)
+        if info.name in found:
+            _check_files(info, found[info.name])
+            return found[info.name]
+    except _DAMAGE as error:
+        raise UserError(f"{field} cannot be read: {error}") from error
+    if found:
+        hint = f"it holds {' or '.join(map(repr, found))}"
+    else:
+        wanted = ", ".join(f"{layout.folders[0]}/, {layout.archive}" for layout in layouts)
+        hint = f"looked for {wanted}"
+    raise UserError(f"{field} holds no {info.name!r}; {hint}")
 
 
-def _find_layout(layout: Layout, path: Path) -> Found | None:
-    if path.is_file():
-        stem = layout.archive.removesuffix(".gz").removesuffix(".tar")
-        is_it = path.name.startswith(stem) and ".tar" in path.name or path.suffix == ".tgz"
-        return Found(layout, path) if is_it and _tar_has(path, layout) else None
-    for folder in (path, path / layout.folder):
-        if any(_member(folder, name).exists() for name in layout.train):
-            return Found(layout, folder)
-    for name in (layout.archive, layout.archive.removesuffix(".gz")):
-        if (path / name).is_file():
-            return Found(layout, path / name)
+def _search(path: Path) -> dict[str, Found]:
+    """Returns what is at `path`, by data set."""
+    member = _known_member(path) if path.is_file() and path.name not in PUBLISHED else None
+    found: dict[str, Found] = {}
+    for name, layouts in LAYOUTS.items():
+        for layout in layouts:
+            if path.is_file():
+                is_it = path.name == layout.archive or member in _all_spellings(layout)
+                place = path if is_it else None
+            else:
+                place = _place(layout, path)
+            if place is not None:
+                found.setdefault(name, Found(layout, place))
+    return found
+
+
+def _place(layout: Layout, path: Path) -> Path | None:
+    """Returns the folder or archive of a layout in the folder `path`, or `path` itself, or None."""
+    for folder in (path, *(path / name for name in layout.folders)):
+        if any((folder / spelling).is_file() for spelling in _all_spellings(layout)):
+            return folder
+    stem = layout.archive.removesuffix(".tar.gz")
+    for suffix in (".tar.gz", ".tgz", ".tar"):
+        if (path / (stem + suffix)).is_file():
+            return path / (stem + suffix)
     return None
 
 
-def _tar_has(path: Path, layout: Layout) -> bool:
-    """True unless the archive shows another layout's folder; a damaged one is refused when read."""
-    return path.name not in PUBLISHED_MD5 or path.name == layout.archive
-
-
-def _other_data_set(path: Path, name: str) -> str | None:
-    for other, layouts in LAYOUTS.items():
-        if other != name and any(_find_layout(layout, path) for layout in layouts):
-            return other
+def _known_member(path: Path) -> str | None:
+    """Returns the first file name in a tar archive that belongs to any layout."""
+    known = {s for layouts in LAYOUTS.values() for each in layouts for s in _all_spellings(each)}
+    for member, _ in _members(path, _LARGEST):
+        if member in known:
+            return member
     return None
-
-
-def _member(folder: Path, name: str) -> Path:
-    """Returns the file of that name in a folder, in whichever spelling and compression it is there."""
-    for spelling in _spellings(name):
-        if (folder / spelling).is_file():
-            return folder / spelling
-    return folder / name
 
 
 def _spellings(name: str) -> tuple[str, ...]:
+    """Returns the names under which an official file goes about."""
     dotted = name.replace("-idx", ".idx")
-    return (name, f"{name}.gz", dotted, f"{dotted}.gz")
+    return (name, dotted, f"{name}.gz", f"{dotted}.gz")
+
+
+def _all_spellings(layout: Layout) -> set[str]:
+    return {spelling for name in layout.train + layout.test for spelling in _spellings(name)}
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    """Returns the file called `name`, in whichever spelling and compression it is there."""
+    for spelling in _spellings(name):
+        if (folder / spelling).is_file():
+            return folder / spelling
+    raise UserError(f"file {str(folder / name)!r} is missing")
+
+
+def _check_files(info: DatasetInfo, found: Found) -> None:
+    """Checks what file sizes tell."""
+    path = found.path
+    if path.is_file():
+        actual = path.stat().st_size
+        expected, _ = PUBLISHED.get(path.name, (actual, None))
+        if actual != expected:
+            raise UserError(
+                f"archive {str(path)!r} has {actual:,} bytes, the official one {expected:,}; "
+                "it is cut off or repacked (rename it if you repacked it)"
+            )
+        return
+    for name, size in found.layout.sizes(info).items():
+        file = _in_folder(path, name)
+        if file.suffix != ".gz":
+            _check_size(str(file), file.stat().st_size, size, found.layout.form.exact)
+
+
+def _check_size(label: str, actual: int, expected: int, exact: bool) -> None:
+    if actual > expected:  # how many more is unknown of a file that was not read to its end
+        raise UserError(f"file {label!r} has more than {expected:,} bytes")
+    if exact and actual < expected:
+        raise UserError(f"file {label!r} has {actual:,} bytes, not {expected:,}")
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -173,188 +236,100 @@ def read(info: DatasetInfo, found: Found) -> tuple[Arrays, Arrays]:
 
     Raises UserError, one line, for a checksum, size or content that is not the official one.
     """
-    read_split = {"cifar_python": _cifar_python, "cifar_binary": _cifar_binary, "idx": _idx}
-    form = read_split[found.layout.form]
-    with _opened(found) as files:
-        train = form(info, files, found.layout.train, info.num_train)
-        test = form(info, files, found.layout.test, info.num_test)
+    layout = found.layout
+    sizes = layout.sizes(info)
+    if found.path.is_file():
+        _check_md5(found.path)
+        files = _read_tar(found.path, sizes)
+    else:
+        files = {name: _read_file(_in_folder(found.path, name), sizes[name]) for name in sizes}
+    for name, file in files.items():
+        _check_size(file.label, len(file.content), sizes[name], layout.form.exact)
+    train = layout.form.decode(info, [files[name] for name in layout.train], info.num_train)
+    test = layout.form.decode(info, [files[name] for name in layout.test], info.num_test)
     return train, test
 
 
-class _Files:
-    """The files of a layout, by name: at most `limit` bytes of each are ever read."""
-
-    def __init__(self, found: Found, members: dict[str, bytes | tarfile.TarInfo] | None) -> None:
-        self._found = found
-        self._members = members
-        self._tar: tarfile.TarFile | None = None
-
-    def bind(self, tar: tarfile.TarFile) -> None:
-        """Reads from the members of an open archive."""
-        self._tar = tar
-        self._members = {Path(member.name).name: member for member in tar if member.isfile()}
-
-    def read(self, name: str, limit: int) -> tuple[str, bytes]:
-        """Returns (what to call it in an error, up to limit + 1 bytes, unzipped)."""
-        if self._tar is None:
-            path = _member(self._found.path, name)
-            if not path.is_file():
-                raise UserError(f"file {str(path)!r} is missing")
-            with path.open("rb") as file:
-                return str(path), _bounded(file, path.name, str(path), limit)
-        assert self._members is not None
-        for spelling in _spellings(name):
-            member = self._members.get(spelling)
-            if isinstance(member, tarfile.TarInfo):
-                label = f"{self._found.path}:{member.name}"
-                file = self._tar.extractfile(member)
-                assert file is not None
-                return label, _bounded(file, spelling, label, limit)
-        raise UserError(f"archive {str(self._found.path)!r} has no member {name!r}")
-
-
-def _bounded(file: IO[bytes], name: str, label: str, limit: int) -> bytes:
-    try:
-        if name.endswith(".gz"):
-            with gzip.GzipFile(fileobj=file) as unzipped:
-                return unzipped.read(limit + 1)
-        return file.read(limit + 1)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"file {label!r} is damaged: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(found: Found) -> Iterator[_Files]:
-    files = _Files(found, None)
-    if not found.is_tar:
-        yield files
-        return
-    _check_md5(found.path)
-    try:
-        with tarfile.open(found.path) as tar:
-            files.bind(tar)
-            yield files
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"archive {str(found.path)!r} is damaged: {error}") from error
-
-
 def _check_md5(path: Path) -> None:
-    expected = PUBLISHED_MD5.get(path.name)
+    _, expected = PUBLISHED.get(path.name, (None, None))
     if expected is None:
         return
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "md5").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+    except OSError as error:
+        raise UserError(f"archive {str(path)!r} cannot be read: {error}") from error
+    actual = digest.hexdigest()
     if actual != expected:
-        size = path.stat().st_size
         raise UserError(
-            f"archive {str(path)!r} ({size:,} bytes) has MD5 {actual}, the official one {expected}; "
-            "it is cut off, damaged or repacked (rename it if you repacked it)"
+            f"archive {str(path)!r} has MD5 {actual}, the official one {expected}; "
+            "it is damaged or repacked (rename it if you repacked it)"
         )
 
 
-def _check_size(label: str, content: bytes, expected: int) -> None:
-    if len(content) != expected:
-        actual = f"more than {expected:,}" if len(content) > expected else f"{len(content):,}"
-        raise UserError(f"file {label!r} has {actual} bytes, not {expected:,}")
-
-
-# CIFAR, binary: a record is label bytes (CIFAR-100: coarse, fine), then 3 planes of 32×32 pixels.
-
-
-def _cifar_binary(info: DatasetInfo, files: _Files, names: tuple[str, ...], count: int) -> Arrays:
-    height, width, channels = info.image_shape
-    label_bytes = 2 if info.name == "cifar100" else 1
-    record = label_bytes + height * width * channels
-    blocks = []
-    for name in names:
-        expected = count // len(names) * record
-        label, content = files.read(name, expected)
-        _check_size(label, content, expected)
-        blocks.append(np.frombuffer(content, np.uint8).reshape(-1, record))
-    records = np.concatenate(blocks)
-    labels = records[:, label_bytes - 1].astype(np.int32)
-    return _planes_last(records[:, label_bytes:], info), labels
-
-
-def _planes_last(planar: np.ndarray, info: DatasetInfo) -> np.ndarray:
-    """Returns planar rows [N, C·H·W] as images [N, H, W, C]."""
-    height, width, channels = info.image_shape
-    images = planar.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images)
-
-
-# CIFAR, python: a pickled dict of `data` uint8 [N, 3072] and `labels` or `fine_labels`.
-
-
-def _cifar_python(info: DatasetInfo, files: _Files, names: tuple[str, ...], count: int) -> Arrays:
-    key = "fine_labels" if info.name == "cifar100" else "labels"
-    size = int(np.prod(info.image_shape))
-    images, labels = [], []
-    for name in names:
-        rows = count // len(names)
-        limit = rows * (size + 200)  # pixels, and generously the labels and file names
-        label, content = files.read(name, limit)
-        if len(content) > limit:
-            raise UserError(f"file {label!r} has more than {limit:,} bytes")
-        batch = load_pickle(content, label)
-        found = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
-        data = found.get("data")
-        if not isinstance(data, np.ndarray) or data.shape != (rows, size) or data.dtype != np.uint8:
-            raise UserError(f"file {label!r} has no uint8 array 'data' of shape {(rows, size)}")
-        if not isinstance(found.get(key), list) or len(found[key]) != rows:
-            raise UserError(f"file {label!r} has no list {key!r} of {rows} labels")
-        images.append(data)
-        labels.append(np.asarray(found[key], np.int32))
-    return _planes_last(np.concatenate(images), info), np.concatenate(labels)
-
-
-_PICKLE_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Admits what a numpy array in a plain container needs, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLE_ALLOWED:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def load_pickle(content: bytes, label: str) -> dict[Any, Any]:
-    """Returns the dict in a pickle of numpy arrays and plain containers.
-
-    Raises UserError if it wants anything else; nothing of it has run then.
-    """
+def _read_file(path: Path, limit: int) -> File:
+    """Returns a file, unzipped; at most limit + 1 bytes of it are read."""
     try:
-        batch = _SafeUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except Exception as error:  # a hostile pickle may raise anything
-        raise UserError(f"file {label!r} is refused as a pickle: {error}") from error
-    if not isinstance(batch, dict):
-        raise UserError(f"file {label!r} is a pickled {type(batch).__name__}, not a dict")
-    return batch
+        with path.open("rb") as file:
+            return File(str(path), _unzipped(file, path.name, limit))
+    except _DAMAGE as error:
+        raise UserError(f"file {str(path)!r} is damaged: {error}") from error
 
 
-# idx: big-endian magic (type 8 = uint8, number of axes), lengths, bytes.
+def _read_tar(path: Path, limits: dict[str, int]) -> dict[str, File]:
+    """Returns the files named in `limits`; at most limit + 1 bytes of each are read."""
+    official = {spelling: name for name in limits for spelling in _spellings(name)}
+    files: dict[str, File] = {}
+    try:
+        for member, content in _members(path, 2 * (sum(limits.values()) + _ROOM)):
+            name = official.get(member)
+            if name is not None and name not in files:
+                label = f"{path}:{member}"
+                files[name] = File(label, _unzipped(content, member, limits[name]))
+            if len(files) == len(limits):
+                break
+    except _DAMAGE as error:
+        raise UserError(f"archive {str(path)!r} is damaged: {error}") from error
+    for name in limits:
+        if name not in files:
+            raise UserError(f"archive {str(path)!r} has no file {name!r}")
+    return files
 
 
-def _idx(info: DatasetInfo, files: _Files, names: tuple[str, ...], count: int) -> Arrays:
-    height, width, channels = info.image_shape
-    images = _idx_array(files, names[0], (count, height, width))
-    labels = _idx_array(files, names[1], (count,))
-    return images.reshape(count, height, width, channels), labels.astype(np.int32)
+def _unzipped(file: IO[bytes], name: str, limit: int) -> bytes:
+    if name.endswith(".gz"):
+        with gzip.GzipFile(fileobj=file) as unzipped:
+            return unzipped.read(limit + 1)
+    return file.read(limit + 1)
 
 
-def _idx_array(files: _Files, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    header = np.array([0x0800 + len(shape), *shape], ">i4").tobytes()
-    expected = len(header) + int(np.prod(shape))
-    label, content = files.read(name, expected)
-    if content[: len(header)] != header:
-        raise UserError(f"file {label!r} is not an idx file of uint8 {shape}: its header differs")
-    _check_size(label, content, expected)
-    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
+def _members(path: Path, limit: int) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yields (name without folders, content) of each regular file in a tar or tar.gz, in its order.
+
+    One pass without seeking back: CIFAR's members are in no order, and seeking would unpack the
+    archive anew for each. Raises tarfile.TarError past `limit` unpacked bytes.
+    """
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        unpacked = _Limited(gzip.GzipFile(fileobj=file) if is_gzip else file, limit)
+        with tarfile.open(fileobj=unpacked, mode="r|") as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    yield Path(member.name).name, content
+
+
+class _Limited(io.BufferedIOBase):
+    """A file of which no more than `limit` bytes can be read."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, limit: int) -> None:
+        self._file, self._left = file, limit
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Returns up to `size` bytes; raises tarfile.ReadError past the limit."""
+        content = self._file.read(-1 if size is None else size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise tarfile.ReadError("it unpacks to more than the data set has")
+        return content

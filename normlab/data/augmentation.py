@@ -12,59 +12,66 @@ from jax import Array
 _CROP, _FLIP, _CUTOUT = 1, 2, 3  # each kind has its own key: toggling one moves no draw of another
 
 
-def augment(
-    key: Array, images: Array, *, crop_padding: int, flip: bool, cutout_size: int
-) -> Array:
-    """Returns the images [N, H, W, C], augmented per example; as they are if all is off.
+def augment(key: Array, images: Array, *, crop_padding: int, flip: bool, cutout_size: int) -> Array:
+    """Returns the images [N, H, W, C], cropped, then mirrored, then cut out, each by its own draws.
 
-    `crop_padding` and `cutout_size` are pixels.
+    `crop_padding` and `cutout_size` are pixels; with all three off, the images as they are.
     """
+    count, height, width, _ = images.shape
+    rows = jnp.broadcast_to(jnp.arange(height), (count, height))
+    columns = jnp.broadcast_to(jnp.arange(width), (count, width))
     if crop_padding:
-        images = random_crop(jax.random.fold_in(key, _CROP), images, crop_padding)
+        offsets = crop_offsets(jax.random.fold_in(key, _CROP), count, crop_padding)
+        rows, columns = rows + offsets[:, :1], columns + offsets[:, 1:]
     if flip:
-        images = random_flip(jax.random.fold_in(key, _FLIP), images)
+        mirrored = jax.random.bernoulli(jax.random.fold_in(key, _FLIP), shape=(count, 1))
+        columns = jnp.where(mirrored, columns[:, ::-1], columns)
+    if crop_padding or flip:
+        # One gather for both: crop and flip one after the other take ten times as long on CPU.
+        images = read_at(images, rows, columns)
     if cutout_size:
-        images = cutout(jax.random.fold_in(key, _CUTOUT), images, cutout_size)
+        centres = cutout_centres(jax.random.fold_in(key, _CUTOUT), count, height, width)
+        images = cutout(images, centres, cutout_size)
     return images
 
 
-def random_crop(key: Array, images: Array, padding: int) -> Array:
-    """Returns each image shifted by −padding .. padding pixels each way, zeros moving in."""
-    offsets = jax.random.randint(key, (images.shape[0], 2), -padding, padding + 1)
-    return shift(shift(images, offsets[:, 0], 1), offsets[:, 1], 2)
+def crop_offsets(key: Array, count: int, padding: int) -> Array:
+    """Returns (row, column) offsets of a crop from the padded image, int32 [count, 2].
 
-
-def shift(images: Array, offsets: Array, axis: int) -> Array:
-    """Returns images [N, H, W, C] read at position + offset along `axis`; zero outside.
-
-    `offsets` int [N]. A gather along one axis is several times faster on CPU than a dynamic slice
-    an image.
+    Uniform over −padding .. padding pixels: the (2·padding + 1)² places of the window.
     """
-    size = images.shape[axis]
-    position = jnp.arange(size) + offsets[:, None]  # [N, size]
-    inside = (position >= 0) & (position < size)
-    shape = [images.shape[0], 1, 1, 1]
-    shape[axis] = size
-    taken = jnp.take_along_axis(
-        images, jnp.clip(position, 0, size - 1).reshape(shape), axis=axis
-    )
-    return jnp.where(inside.reshape(shape), taken, 0)
+    return jax.random.randint(key, (count, 2), -padding, padding + 1)
 
 
-def random_flip(key: Array, images: Array) -> Array:
-    """Returns each image mirrored left to right with probability one half."""
-    mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+def read_at(images: Array, rows: Array, columns: Array) -> Array:
+    """Returns out[n, i, j] = images[n, rows[n, i], columns[n, j]], and zero outside the image.
 
-
-def cutout(key: Array, images: Array, size: int) -> Array:
-    """Returns each image with a square of `size` pixels set to zero.
-
-    Its centre is anywhere in the image, so that part of the square may lie outside.
+    `images` [N, H, W, C], `rows` int [N, H], `columns` int [N, W].
     """
     count, height, width, _ = images.shape
-    centre = jax.random.randint(key, (count, 2), 0, jnp.array([height, width]))
-    first = centre - size // 2
+    inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    taken = images[
+        jnp.arange(count)[:, None, None],
+        jnp.clip(rows, 0, height - 1)[:, :, None],
+        jnp.clip(columns, 0, width - 1)[:, None, :],
+    ]
+    return jnp.where(inside[..., None], taken, 0)
+
+
+def cutout_centres(key: Array, count: int, height: int, width: int) -> Array:
+    """Returns (row, column) of each square's centre, int32 [count, 2], uniform over the pixels."""
+    return jax.random.randint(key, (count, 2), 0, jnp.array([height, width]))
+
+
+def cutout(images: Array, centres: Array, size: int) -> Array:
+    """Returns each image [N, H, W, C] with a square of `size` pixels set to zero.
+
+    In rows and in columns the square spans centre − size // 2 and the size − 1 pixels after it; the
+    part of it outside the image is lost.
+    """
+    _, height, width, _ = images.shape
+    first = centres - size // 2
 
     def covered(axis: int, length: int) -> Array:
         position = jnp.arange(length) - first[:, axis, None]

@@ -32,17 +32,17 @@ _CLOTHES = (
     "Bag",
     "Ankle boot",
 )
-_CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
-_CIFAR100 = tuple(
-    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+_CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100_NAMES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
     butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
     crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
     lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
     oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
     possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
     spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-    train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
-)
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 # Means and deviations were computed from the training images, in float64, except CIFAR-100's,
 # which are the usual published ones (e.g. weiaicunzai/pytorch-cifar100, conf/global_settings.py).
@@ -60,7 +60,7 @@ DATASETS = {
             10,
             50_000,
             10_000,
-            _CIFAR10,
+            tuple(_CIFAR10_NAMES.split()),
             (0.4914, 0.4822, 0.4465),
             (0.2470, 0.2435, 0.2616),
         ),
@@ -70,7 +70,7 @@ DATASETS = {
             100,
             50_000,
             10_000,
-            _CIFAR100,
+            tuple(_CIFAR100_NAMES.split()),
             (0.5071, 0.4865, 0.4409),
             (0.2673, 0.2564, 0.2762),
         ),

@@ -27,28 +27,30 @@ def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 def train_indices(
     seed: int, first_step: int, num_steps: int, batch_size: int, count: int
 ) -> np.ndarray:
-    """Returns the examples of steps first_step, ..., + num_steps − 1: int32 [num_steps, batch_size].
+    """Returns the examples of `num_steps` steps from `first_step`: int32 [num_steps, batch_size].
 
-    An epoch has count // batch_size steps; what is left of its order is dropped.
+    An epoch has count // batch_size steps, at least one; what is left of its order is dropped.
     """
     steps_per_epoch = count // batch_size
-    steps = np.arange(first_step, first_step + num_steps)
+    epochs, places = np.divmod(np.arange(first_step, first_step + num_steps), steps_per_epoch)
     indices = np.empty((num_steps, batch_size), np.int32)
-    for epoch in range(first_step // steps_per_epoch, -(-(first_step + num_steps) // steps_per_epoch)):
-        order = epoch_permutation(seed, epoch, count)[: steps_per_epoch * batch_size]
-        here = steps // steps_per_epoch == epoch
-        batches = order.reshape(steps_per_epoch, batch_size)
-        indices[here] = batches[steps[here] % steps_per_epoch]
+    for epoch in np.unique(epochs):
+        order = epoch_permutation(seed, int(epoch), count)[: steps_per_epoch * batch_size]
+        here = epochs == epoch
+        indices[here] = order.reshape(steps_per_epoch, batch_size)[places[here]]
     return indices
 
 
 def order_hash(seed: int, batch_size: int, count: int) -> str:
-    """Returns 12 hex digits that two runs share if, and only if, they see examples in one order.
+    """Returns 12 hex digits that two runs share if they see the same batches in the same order.
 
-    The digest is over the first two epochs; later ones follow from the same seed.
+    The digest is over seed, batch size and the first two epochs' orders; later ones follow from the
+    same seed.
     """
-    indices = train_indices(seed, 0, 2 * (count // batch_size), batch_size, count)
-    return hashlib.sha256(indices.astype("<i4").tobytes()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{seed} {batch_size} {count}".encode())
+    for epoch in (0, 1):
+        digest.update(epoch_permutation(seed, epoch, count).astype("<i4").tobytes())
+    return digest.hexdigest()[:12]
 
 
 def eval_indices(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +66,9 @@ def eval_indices(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fetch(images: Array, labels: Array, indices: Array, info: DatasetInfo) -> tuple[Array, Array]:
-    """Returns (images float32 [B, H, W, C] standardized per channel, labels [B]); runs on the device.
+    """Returns (images float32 [B, H, W, C] standardized per channel, labels [B]); pure, jit-able.
 
+    The values are (pixel / 255 − mean) / std, with the training set's mean and std of `info`.
     `images` uint8 [N, H, W, C], `labels` int32 [N], `indices` int32 [B].
     """
     chosen = jnp.take(images, indices, axis=0).astype(jnp.float32) / 255

@@ -24,10 +24,10 @@ class Split:
 class Dataset:
     """A data set in memory."""
 
-    info: DatasetInfo
     train: Split
     test: Split
-    fingerprint: str  # SHA-256 of all examples: equal for equal data, whatever file it came from
+    info: DatasetInfo
+    fingerprint: str  # SHA-256 of name and examples: the same whatever files they came from
 
 
 def load(config: Any) -> Dataset:
@@ -49,19 +49,19 @@ def load(config: Any) -> Dataset:
             raise UserError(
                 f"data set {info.name!r}: {what} label {top} is not below {info.num_classes}"
             )
-    return Dataset(info, train, test, _fingerprint(train, test))
+    return Dataset(train, test, info, _fingerprint(info.name, train, test))
 
 
 def check_source(config: Any) -> None:
-    """Raises UserError if `config.data` cannot be read, as far as can be told without reading it."""
+    """Raises UserError if `config.data` cannot be loaded, as far as a cheap look can tell."""
     info = dataset_info(config.name)
     if config.source not in SOURCES:
         raise unknown("'data.source'", config.source, SOURCES)
     SOURCES[config.source].check(info, config.path)
 
 
-def _fingerprint(train: Split, test: Split) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(name: str, train: Split, test: Split) -> str:
+    digest = hashlib.sha256(name.encode())
     for split in (train, test):
         digest.update(np.ascontiguousarray(split.images).data)
         digest.update(split.labels.astype("<i4").data)

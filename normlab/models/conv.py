@@ -177,8 +177,10 @@ def filter_gradient(x: Array, g: Array, kernel_shape: Sequence[int], window: Win
 
 
 def _over_positions(x: Array, g: Array) -> Array:
-    """Returns Σ over examples and positions of x ⊗ g: [N, H, W, A], [N, H, W, B] -> [A, B]."""
-    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return lax.dot_general(
-        x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    """Returns Σ over examples and positions of x ⊗ g: [N, H, W, A], [N, H, W, B] -> [A, B].
+
+    The barrier keeps XLA from computing the shifted copies again inside the product.
+    """
+    x, g = lax.optimization_barrier((x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])))
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=accumulate)

@@ -1,0 +1,85 @@
+"""The interface of the sources, and scikit-learn's digits."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from normlab.data import Dataset, check_source, dataset_info, load
+from normlab.errors import UserError
+
+DIGITS = SimpleNamespace(name="digits", source="sklearn", path=None)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load(DIGITS)
+
+
+def test_digits_have_the_shapes_of_their_info(digits: Dataset) -> None:
+    for split, count in ((digits.train, 1437), (digits.test, 360)):
+        assert split.images.shape == (count, 8, 8, 1)
+        assert split.images.dtype == np.uint8
+        assert split.labels.shape == (count,)
+        assert split.labels.dtype == np.int32
+    assert digits.info is dataset_info("digits")
+
+
+def test_the_17_grey_levels_are_spread_over_0_to_255(digits: Dataset) -> None:
+    levels = np.unique(digits.train.images)
+    assert len(levels) == 17
+    assert levels[[0, 4, 16]].tolist() == [0, 64, 255]  # 4 / 16 · 255 = 63.75
+    np.testing.assert_array_equal(np.round(levels / 255 * 16), np.arange(17))
+
+
+def test_the_two_splits_are_all_of_scikit_learns_digits(digits: Dataset) -> None:
+    def rows(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
+        flat = np.round(images.reshape(len(images), -1) / images.max() * 16).astype(np.uint8)
+        return [row.tobytes() for row in np.column_stack([flat, labels.astype(np.uint8)])]
+
+    ours = rows(digits.train.images, digits.train.labels)
+    ours += rows(digits.test.images, digits.test.labels)
+    assert sorted(ours) == sorted(rows(*load_digits(return_X_y=True)))
+
+
+def test_every_class_gives_a_fifth_to_the_test_split(digits: Dataset) -> None:
+    train, test = np.bincount(digits.train.labels), np.bincount(digits.test.labels)
+    # Every fifth of n examples, from wherever the count stands: n / 5 rounded down or up.
+    assert np.all(np.abs(test - (train + test) / 5) < 1)
+
+
+def test_the_infos_moments_are_those_of_the_training_pixels(digits: Dataset) -> None:
+    pixels = digits.train.images / 255
+    np.testing.assert_allclose(pixels.mean(), digits.info.mean[0], atol=5e-5)
+    np.testing.assert_allclose(pixels.std(), digits.info.std[0], atol=5e-5)
+
+
+def test_the_fingerprint_is_pinned(digits: Dataset) -> None:
+    # A change of the split, the scaling or the digest makes runs incomparable with earlier ones.
+    assert digits.fingerprint == "c199e77b7d21af4b41671570a43a77e2841259af1d9a7c57c248d034375cecf0"
+
+
+def test_scikit_learn_is_imported_only_to_load_digits() -> None:
+    code = "import sys, normlab.data.sources; print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "digit"}, r"unknown data set 'digit'; did you mean 'digits'\?"),
+        ({"source": "sklaern"}, r"unknown 'data.source' 'sklaern'; did you mean 'sklearn'\?"),
+        ({"name": "mnist"}, r"data set 'mnist' does not come with scikit-learn; use --config.*"),
+        ({"path": "x"}, r"config field 'data.path' = 'x': source 'sklearn' reads no file"),
+        ({"source": "archive"}, r"data set 'digits' has no archive; use --config.*=sklearn"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_refused_before_loading(
+    fields: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{message}$"):
+        check_source(SimpleNamespace(**(vars(DIGITS) | fields)))
