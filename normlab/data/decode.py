@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,6 +107,7 @@ def load_pickle(file: File) -> dict[Any, Any]:
     anything else, which is then not called.
     """
     try:
+        _check_memo(file.content)
         batch = _SafeUnpickler(io.BytesIO(file.content), encoding="bytes").load()
     except Exception as error:  # damaged or hostile bytes may raise anything
         size = len(file.content)
@@ -116,6 +118,17 @@ def load_pickle(file: File) -> dict[Any, Any]:
     if not isinstance(batch, dict):
         raise UserError(f"file {file.label!r} is a pickled {type(batch).__name__}, not a dict")
     return _arrays_in(batch)
+
+
+def _check_memo(content: bytes) -> None:
+    """Raises UnpicklingError for a memo index past the number of opcodes before it.
+
+    Picklers count memo entries up. The unpickler clears a table of twice the index, whatever the
+    size of the file: gigabytes for nine bytes.
+    """
+    for ordinal, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > ordinal:
+            raise pickle.UnpicklingError(f"it has memo index {argument} at opcode {ordinal}")
 
 
 class _SafeUnpickler(pickle.Unpickler):

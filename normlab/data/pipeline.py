@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from normlab.data.info import DatasetInfo
+from normlab.errors import UserError
 
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -29,8 +30,11 @@ def train_indices(
 ) -> np.ndarray:
     """Returns the examples of `num_steps` steps from `first_step`: int32 [num_steps, batch_size].
 
-    An epoch has count // batch_size steps, at least one; what is left of its order is dropped.
+    An epoch has count // batch_size steps; what is left of its order is dropped. Raises UserError
+    for a batch that is larger than the set.
     """
+    if not 0 < batch_size <= count:
+        raise UserError(f"batch size {batch_size} must be from 1 to {count}, the training examples")
     steps_per_epoch = count // batch_size
     epochs, places = np.divmod(np.arange(first_step, first_step + num_steps), steps_per_epoch)
     indices = np.empty((num_steps, batch_size), np.int32)

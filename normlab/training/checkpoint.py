@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from normlab.errors import UserError
-from normlab.run import free_name, read_json, write_json
+from normlab.run import first_difference, free_name, read_json, write_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,12 @@ def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
     temporary.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((temporary / "state").resolve(), jax.tree.map(np.asarray, state))
-    manifest = {"step": step, **facts, "files": _digests(temporary / "state")}
+    manifest = {
+        "step": step,
+        **facts,
+        "form": _form(state),
+        "files": _digests(temporary / "state"),
+    }
     write_json(temporary / "manifest.json", manifest)
     if final.exists():  # a bad checkpoint of the same step, passed over when the run resumed
         final.rename(free_name(folder / f"bad-{step}"))
@@ -88,6 +93,12 @@ def load(
     for key, value in (facts or {}).items():
         if manifest.get(key) != value:
             raise UserError(f"checkpoint {path} is of another run: {key} is {manifest.get(key)!r}")
+    # Orbax cuts or pads an array of another shape to the one asked for, without a word.
+    name, there, here = first_difference(manifest["form"], _form(like)) or ("", "", "")
+    if name:
+        raise UserError(
+            f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here"
+        )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -101,6 +112,14 @@ def keep_newest(folder: Path, count: int | None) -> None:
     """Deletes all but the newest `count` checkpoints; none of them if `count` is None."""
     for step in steps(folder)[:-count] if count else []:
         shutil.rmtree(folder / str(step))
+
+
+def _form(tree: Any) -> dict[str, str]:
+    """Returns {place in the tree: dtype and shape} of every array."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
+    }
 
 
 def _digests(folder: Path) -> dict[str, str]:

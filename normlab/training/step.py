@@ -53,7 +53,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         gradient_of = jax.value_and_grad(loss_function, has_aux=True)
         (loss, (correct, batch_stats)), gradient = gradient_of(state.params, state, batch)
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
         rate = schedule(state.step)
         params = jax.tree.map(lambda w, u: w - rate.astype(w.dtype) * u, state.params, update)

@@ -88,6 +88,12 @@ def test_an_array_that_claims_more_than_it_brings_allocates_nothing() -> None:
     assert "not callable" in refusal(wanted)
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x01", b"p33554431\n"], ids=["LONG_BINPUT", "PUT"])
+def test_a_memo_index_that_claims_a_large_table_is_refused(put: bytes) -> None:
+    # Index 2²⁵ − 1 makes the unpickler clear 2²⁶ pointers, 512 MiB; PROTO and EMPTY_DICT precede.
+    assert "it has memo index 33554431 at opcode 2" in refusal(b"\x80\x02}" + put + b".")
+
+
 @pytest.mark.parametrize("encoding", ["zlib", "rot13"])
 def test_no_codec_but_latin1_is_admitted(encoding: str) -> None:
     content = b"\x80\x02c_codecs\nencode\n(X\x01\0\0\0aX" + bytes([len(encoding), 0, 0, 0])

@@ -14,6 +14,7 @@ from normlab.data import (
     step_key,
     train_indices,
 )
+from normlab.errors import UserError
 
 
 def test_an_order_is_the_ranks_of_philox_and_never_changes() -> None:
@@ -46,6 +47,12 @@ def test_a_resumed_run_asks_for_the_steps_it_would_have_taken(first: int) -> Non
 
 def test_a_batch_may_be_the_whole_set() -> None:
     np.testing.assert_array_equal(train_indices(0, 1, 1, 10, 10)[0], epoch_permutation(0, 1, 10))
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_a_batch_that_the_set_cannot_fill_is_refused(batch_size: int) -> None:
+    with pytest.raises(UserError, match=rf"^batch size {batch_size} must be from 1 to 10, "):
+        train_indices(0, 0, 1, batch_size, 10)
 
 
 def test_the_order_hash_tells_seed_batch_size_and_data_set_apart() -> None:

@@ -1,0 +1,124 @@
+"""One training step: its arithmetic, its guard, its averages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from normlab.config import load_config
+from normlab.training.parallel import Compiler
+from normlab.training.setup import build_parts
+from normlab.training.state import CULPRITS, create_state
+from normlab.training.step import cross_entropy, make_train_step
+
+FIELDS = {"model.widths": (8,), "optim.schedule": "constant", "train.num_steps": 100}
+
+
+def parts_of(norm="batch_norm", **fields):
+    names = {name.replace("__", "."): value for name, value in fields.items()}
+    return build_parts(load_config(f"configs/digits.py:model=mlp,norm={norm}", FIELDS | names))
+
+
+def batch(seed=0):
+    images = jax.random.normal(jax.random.key(seed), (64, 8, 8, 1))
+    return images, jnp.arange(64) % 10
+
+
+def stepper(parts, **options):
+    return jax.jit(make_train_step(parts.model, parts.direction, parts.schedule, **options))
+
+
+def test_cross_entropy_by_hand():
+    # Two equal logits: log 2 whatever the target. Logits (0, log 3): −log(3/4), −log(1/4).
+    logits = jnp.array([[0.0, 0.0], [0.0, np.log(3)], [0.0, np.log(3)]])
+    got = cross_entropy(logits, jnp.array([0, 1, 0]))
+    np.testing.assert_allclose(got, [np.log(2), np.log(4 / 3), np.log(4)], rtol=1e-6)
+
+
+def test_label_smoothing_by_hand():
+    # Smoothing 0.2 over 2 classes: target (0.9, 0.1): 0.9·log(4/3) + 0.1·log 4 for the right class.
+    got = cross_entropy(jnp.array([[np.log(3), 0.0]]), jnp.array([0]), 0.2)
+    assert float(got[0]) == pytest.approx(0.9 * np.log(4 / 3) + 0.1 * np.log(4), rel=1e-5)
+
+
+def test_a_step_is_minus_rate_times_direction():
+    parts = parts_of("none", optim__momentum=0.0, optim__base_lr=0.5)
+    state = create_state(parts, Compiler())
+    images, labels = batch()
+
+    def loss(params):
+        logits = parts.model.apply({"params": params}, images, train=True)
+        return jnp.mean(cross_entropy(logits, labels))
+
+    gradient = jax.grad(loss)(state.params)
+    after = stepper(parts)(state, (images, labels))
+    expected = state.params["head"]["kernel"] - 0.5 * gradient["head"]["kernel"]
+    np.testing.assert_allclose(after.params["head"]["kernel"], expected, rtol=1e-5, atol=1e-6)
+    assert int(after.step) == 1
+    assert float(after.totals.loss) == pytest.approx(float(loss(state.params)), rel=1e-5)
+
+
+def same(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("norm", ["none", "batch_norm", "batch_renorm", "layer_norm"])
+def test_a_batch_with_nan_changes_no_parameter_and_no_statistic(norm):
+    parts = parts_of(norm, train__ema_decay=0.9)
+    step = stepper(parts, ema_decay=0.9)
+    state = step(create_state(parts, Compiler()), batch())
+    images, labels = batch(1)
+    after = step(state, (images.at[3].set(jnp.nan), labels))
+    for name in ("params", "batch_stats", "opt_state", "ema"):
+        assert same(getattr(after, name), getattr(state, name)), name
+    assert (int(after.totals.nonfinite), int(after.totals.steps)) == (1, 1)
+    assert (int(after.health.streak), CULPRITS[int(after.health.culprit)]) == (1, "loss")
+    # The next good batch is learned from, and ends the streak.
+    healed = step(after, batch(2))
+    assert not same(healed.params, state.params)
+    assert int(healed.health.streak) == 0
+
+
+def test_the_run_is_diverged_after_k_such_steps_in_a_row_and_stands_still():
+    parts = parts_of("layer_norm")
+    step = stepper(parts, max_nonfinite=3)
+    images, labels = batch()
+    bad = (images.at[0].set(jnp.inf), labels)
+    state = step(create_state(parts, Compiler()), batch())
+    for expected in (False, False, True):
+        state = step(state, bad)
+        assert bool(state.health.diverged) is expected
+    assert int(state.health.first_step) == 2  # step 1 was good
+    after = step(state, batch(1))
+    assert bool(after.health.diverged)
+    assert same(after.params, state.params)
+
+
+def test_two_short_streaks_are_not_a_long_one():
+    parts = parts_of("layer_norm")
+    step = stepper(parts, max_nonfinite=3)
+    images, labels = batch()
+    bad = (images.at[0].set(jnp.inf), labels)
+    state = create_state(parts, Compiler())
+    for item in (bad, bad, batch(), bad, bad):
+        state = step(state, item)
+    assert not bool(state.health.diverged)
+    assert int(state.totals.nonfinite) == 4
+
+
+def test_the_moving_average_takes_weights_and_statistics_but_no_counter():
+    parts = parts_of("batch_renorm", train__ema_decay=0.75)
+    before = create_state(parts, Compiler())
+    after = stepper(parts, ema_decay=0.75)(before, batch())
+
+    def pick(tree):
+        return tree["params"]["head"]["kernel"], tree["batch_stats"]["norm1"]["mean"]
+
+    old = pick({"params": before.params, "batch_stats": before.batch_stats})
+    new = pick({"params": after.params, "batch_stats": after.batch_stats})
+    for average, x, y in zip(pick(after.ema), old, new, strict=True):
+        np.testing.assert_allclose(average, 0.75 * x + 0.25 * y, rtol=1e-5, atol=1e-7)
+    assert int(after.ema["batch_stats"]["norm1"]["step"]) == 1
+    assert after.ema["batch_stats"]["norm1"]["step"].dtype == jnp.int32
