@@ -1,0 +1,183 @@
+"""Plans and pools: shared runs, nothing run twice, nothing lost to a crash."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from normlab import run, sweep
+from normlab.errors import UserError
+
+TINY = {
+    "model.widths": "(4,)",
+    "model.strides": "(2,)",
+    "train.num_steps": "4",
+    "eval.every_steps": "4",
+    "log.every_steps": "2",
+    "checkpoint.every_steps": "2",
+}
+GHOST = {"batch_stats.scope": "ghost", "batch_stats.ghost_size": "1"}
+
+
+def plan_of(norms=("none", "batch_norm"), settings=None, seeds=(0,), **overrides):
+    names = {name.replace("__", "."): value for name, value in overrides.items()}
+    return sweep.make_plan(
+        "configs/digits.py",
+        norms=norms,
+        settings=settings or {"base": {}},
+        seeds=seeds,
+        overrides=TINY | names,
+    )
+
+
+def execute(plan, folder, jobs=2):
+    sweep.write_plan(plan, folder)
+    events = []
+    states = sweep.run_plan(plan, folder, jobs, 1, events.append)
+    return states, events
+
+
+def test_a_stateless_normalizer_shares_its_run_between_scopes():
+    plan = plan_of(settings={"base": {}, "ghost": GHOST}, seeds=(0, 1))
+    assert len(plan.runs) == 2 * 2 * 2
+    ids = {(p.labels["setting"], p.labels["norm"], p.labels["seed"]): p.id for p in plan.runs}
+    assert ids["base", "none", 0] == ids["ghost", "none", 0]
+    assert ids["base", "batch_norm", 0] != ids["ghost", "batch_norm", 0]
+    assert len(set(ids.values())) == 6
+
+
+def test_the_demo_has_42_runs():
+    norms = ("none", "batch_norm", "layer_norm", "group_norm", "instance_norm", "batch_renorm")
+    settings = {"lr 0.1": {}, "lr 0.5": {"optim.base_lr": "0.5"}, "batch of 1": GHOST}
+    plan = sweep.make_plan(
+        "configs/digits.py", norms=norms, settings=settings, seeds=range(3), overrides={}
+    )
+    # 6 norms · 2 rates · 3 seeds = 36, and the two with state once more: 2 · 3 = 6.
+    assert len({planned.id for planned in plan.runs}) == 42
+
+
+def test_a_field_that_only_some_normalizers_have_goes_to_those():
+    plan = plan_of(norms=("none", "group_norm"), norm__num_groups="4")
+    by_norm = {planned.labels["norm"]: planned.overrides for planned in plan.runs}
+    assert "norm.num_groups" in by_norm["group_norm"]
+    assert "norm.num_groups" not in by_norm["none"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"norms": ("bach_norm",)}, "did you mean 'batch_norm'"),
+        ({"norms": ()}, "names no normalizer"),
+        ({"settings": {"a": {"optim.lr": "1"}}}, "unknown config field 'optim.lr'"),
+        ({"settings": {"a": {**GHOST, "batch_stats.ghost_size": "48"}}}, "does not divide"),
+    ],
+)
+def test_a_mistake_anywhere_in_a_plan_is_found_before_the_first_run(change, expected):
+    with pytest.raises(UserError, match=expected):
+        plan_of(**change)
+
+
+def test_a_sweep_runs_all_and_then_nothing(tmp_path):
+    plan = plan_of()
+    states, events = execute(plan, tmp_path)
+    assert set(states.values()) == {"done"}
+    ended = [event for event in events if event.ended]
+    assert [(e.finished, e.total) for e in ended] == [(1, 2), (2, 2)]
+    assert events[-1].fraction == 1.0
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert [entry["id"] for entry in written["runs"]] == [planned.id for planned in plan.runs]
+    again, events = execute(plan, tmp_path)
+    assert (again, events) == (states, [])
+
+
+def test_a_larger_plan_adds_only_what_is_new(tmp_path):
+    execute(plan_of(norms=("none",)), tmp_path)
+    states, events = execute(plan_of(norms=("none", "layer_norm")), tmp_path)
+    assert len(states) == 2
+    assert [event.label for event in events if event.ended] == ["base · layer_norm · seed 0"]
+    execute(plan_of(norms=("none",)), tmp_path)
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written["norms"] == ["none", "layer_norm"]  # a smaller plan forgets nothing
+
+
+def test_another_run_under_the_same_label_is_refused(tmp_path):
+    execute(plan_of(norms=("none",)), tmp_path)
+    before = (tmp_path / "sweep.json").read_bytes()
+    with pytest.raises(UserError, match=r"train\.num_steps is 4 there and 5 here"):
+        sweep.write_plan(plan_of(norms=("none",), train__num_steps="5"), tmp_path)
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a comparison"):
+        sweep.write_plan(plan_of(norms=("none",)), tmp_path)
+
+
+def test_a_failed_run_is_retried_and_the_others_go_on(tmp_path):
+    plan = plan_of()
+    victim = plan.runs[0].id
+    (tmp_path / "sweep").mkdir()
+    folder = tmp_path / "sweep"
+    sweep.write_plan(plan, folder)
+    (folder / victim).mkdir()
+    (folder / victim / "stranger").write_text("in the way")
+    states = sweep.run_plan(plan, folder, 1, 1, lambda event: None)
+    assert states == {plan.runs[0].id: "failed", plan.runs[1].id: "done"}
+    assert (folder / victim / "stranger").read_text() == "in the way"
+    (folder / victim / "stranger").unlink()
+    states = sweep.run_plan(plan, folder, 1, 1, lambda event: None)
+    assert set(states.values()) == {"done"}
+
+
+def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
+    plan = plan_of(
+        norms=("none", "layer_norm"), train__num_steps="300", checkpoint__every_steps="50",
+        eval__every_steps="50", log__every_steps="50",
+    )
+    sweep.write_plan(plan, tmp_path)
+    killed = []
+
+    def kill_once(event):
+        if not killed and not event.ended and event.fraction > 0.2:
+            killed.append(pid_of_worker())
+            os.kill(killed[0], signal.SIGKILL)
+
+    states = sweep.run_plan(plan, tmp_path, 1, 1, kill_once)
+    assert killed
+    assert set(states.values()) == {"done"}
+    resumed = [(tmp_path / run_id / "log.txt").read_text() for run_id in states]
+    assert any("resumed at step" in text for text in resumed)
+    # The same bytes as without a kill.
+    other = tmp_path.with_name(tmp_path.name + "-whole")
+    sweep.write_plan(plan, other)
+    sweep.run_plan(plan, other, 1, 1, lambda event: None)
+    for run_id in states:
+        assert (tmp_path / run_id / "metrics.jsonl").read_bytes() == (
+            other / run_id / "metrics.jsonl"
+        ).read_bytes()
+
+
+def pid_of_worker():
+    """The worker process among this process's children."""
+    children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
+    for task in os.listdir(f"/proc/{os.getpid()}/task"):
+        children += open(f"/proc/{os.getpid()}/task/{task}/children").read().split()
+    for pid in children:
+        if b"normlab.worker" in open(f"/proc/{pid}/cmdline", "rb").read():
+            return int(pid)
+    raise AssertionError("no worker")
+
+
+def test_runs_of_another_commit_can_be_redone_and_the_old_ones_are_kept(tmp_path):
+    plan = plan_of(norms=("none",))
+    execute(plan, tmp_path)
+    folder = tmp_path / plan.runs[0].id
+    manifest = run.read_json(folder / "manifest.json")
+    run.write_json(folder / "manifest.json", manifest | {"git_commit": "0" * 40})
+    sweep.write_plan(plan, tmp_path)
+    assert folder.is_dir()  # reused unless asked
+    sweep.write_plan(plan, tmp_path, redo_other_commits=True)
+    assert not folder.exists()
+    assert (tmp_path / f"{folder.name}.old-1" / "result.json").exists()
