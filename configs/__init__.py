@@ -1,0 +1,1 @@
+"""What to train: one file a data set, `get_config(choices) -> ConfigDict`."""

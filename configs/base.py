@@ -26,7 +26,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits, mnist, fashion_mnist, cifar10, cifar100
-    config.data.source = "sklearn"  # where bytes come from: sklearn (digits), archive (files on disk)
+    config.data.source = "sklearn"  # where bytes come from: sklearn (digits), archive (on disk)
     config.data.path = optional(str)  # the archive, or the folder that holds it
     config.data.crop_padding = 0  # pixels of zero padding before a random crop; 0: no crop
     config.data.flip = False  # mirror half of the training images left to right
@@ -47,14 +47,14 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
 
     config.optim = section(optimizer, _choose("optimizer", optimizer, OPTIMIZERS))
     config.optim.base_lr = 0.1  # peak learning rate, at the reference batch size if one is set
-    config.optim.reference_batch_size = optional(int)  # peak = base_lr * batch / this; none: base_lr
+    config.optim.reference_batch_size = optional(int)  # peak = base_lr * batch / this
     config.optim.schedule = "cosine"  # constant, piecewise, cosine, linear (to zero), after warmup
     add_duration(config, "optim.warmup", epochs=0.0)  # linear warmup from zero
-    add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: when the rate decays
+    add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: of decay
     config.optim.decay_factor = 0.1  # piecewise: factor at each milestone
     config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
-    config.optim.decay_roles = ("kernel",)  # decayed: kernel, bias, norm_scale, norm_bias, norm_extra
-    config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: no clipping
+    config.optim.decay_roles = ("kernel",)  # kernel, bias, norm_scale, norm_bias, norm_extra
+    config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: any
 
     config.train = ConfigDict()
     config.train.batch_size = 128  # examples per step, over all devices
@@ -72,12 +72,12 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     add_duration(config, "log.every", epochs=1.0)  # between lines of training metrics
 
     config.checkpoint = ConfigDict()
-    add_duration(config, "checkpoint.every", fraction=0.1)  # between checkpoints; one at the end too
+    add_duration(config, "checkpoint.every", fraction=0.1)  # between checkpoints; and at the end
     config.checkpoint.keep = optional(int)  # newest checkpoints to keep; none: all of them
 
     config.parallel = ConfigDict()
     config.parallel.steps_per_dispatch = optional(int)  # none: 1 on CPU, 50 on accelerators
-    config.parallel.compilation_cache = optional(str)  # its folder; off; none: the user's cache folder
+    config.parallel.compilation_cache = optional(str)  # folder, or off; none: the user's cache
     return config
 
 

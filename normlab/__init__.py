@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _MODULES = ("config", "data", "models", "norms", "optim", "report", "training")
 _FUNCTIONS = {"load_config": "normlab.config", "train": "normlab.training.loop"}
 
-__all__ = ["__version__", "load_config", "train", *_MODULES]  # noqa: F822  (see __getattr__)
+__all__ = ["__version__", "load_config", "train", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,20 +85,18 @@ def duration(stem: str, units: Iterable[str] = UNITS, **value: Any) -> dict[str,
     A duration's type is int (steps, examples), float (epochs, fraction) or a tuple of them, as its
     default has it.
     """
-    [(unit, default)] = value.items() or [(None, None)]
-    many = isinstance(default, tuple)
+    many = any(isinstance(default, tuple) for default in value.values())
     fields: dict[str, Any] = {}
     for name in units:
         number = int if name in ("steps", "examples") else float
         kind = tuple if many else number
-        fields[f"{stem}_{name}"] = optional(kind, kind(default) if name == unit else None)
+        default = value.get(name)
+        fields[f"{stem}_{name}"] = optional(kind, None if default is None else kind(default))
     return fields
 
 
-def add_duration(
-    config: ConfigDict, name: str, units: Iterable[str] = UNITS, **value: Any
-) -> None:
-    """Adds the fields of the duration `name`, e.g. `add_duration(config, "optim.warmup", epochs=5)`.
+def add_duration(config: ConfigDict, name: str, units: Iterable[str] = UNITS, **value: Any) -> None:
+    """Adds the fields of the duration `name`, as in `add_duration(config, "warmup", epochs=5)`.
 
     On a config that has them, replaces the default.
     """
@@ -240,7 +238,7 @@ def _cast(name: str, value: Any, kind: type) -> Any:
         value = int(value)
     if type(value) is not kind:
         raise wrong
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise wrong
     return value
 
@@ -276,7 +274,7 @@ def _sibling_units(config: ConfigDict, name: str) -> list[str]:
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns {dotted name: value} of all fields, sections opened."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, (ConfigDict, dict)):
             flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
@@ -313,7 +311,9 @@ class RunLength:
         unknown_length = cls(0, steps_per_epoch, batch_size)
         num_steps = unknown_length.steps(config.train, "num", "train")
         if num_steps is None or num_steps < 1:
-            raise UserError("config field 'train.num_epochs' makes a run of no step; give at least 1")
+            raise UserError(
+                "config field 'train.num_epochs' makes a run of no step; give at least 1"
+            )
         return cls(num_steps, steps_per_epoch, batch_size)
 
     def steps(self, section: ConfigDict, stem: str, section_name: str = "") -> Any:
@@ -377,7 +377,9 @@ def from_json(data: Mapping[str, Any]) -> ConfigDict:
     saved = flatten(values)
     for name in kinds & saved.keys():
         if saved[name] != _parent(config, name).kind:
-            raise UserError(f"config.json has {name} = {saved[name]!r}, but {source!r} gives another")
+            raise UserError(
+                f"config.json has {name} = {saved[name]!r}, but {source!r} gives another"
+            )
     missing = sorted(set(flatten(config)) - set(saved) - {"source"})
     if missing:
         raise UserError(f"config.json lacks the field {missing[0]!r} that {source!r} has now")

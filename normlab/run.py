@@ -1,15 +1,15 @@
 """The run folder: the one place that knows its layout. Imports no jax.
 
-    config.json       resolved config, reloadable
-    identity.json     the part of it that makes the run what it is, hashed to the run's id
-    manifest.json     what the run stood on: commit, versions, devices, threads, seed, hashes
-    metrics.jsonl     a line an event, no clock in it
-    timing.jsonl      seconds by step
-    status.json       running, done, diverged, failed or interrupted
-    result.json       final metrics
-    log.txt           warnings and notes
-    checkpoints/      `training/checkpoint.py`
-    lock              held while a process writes the folder; it dies with its holder
+config.json       resolved config, reloadable
+identity.json     the part of it that makes the run what it is, hashed to the run's id
+manifest.json     what the run stood on: commit, versions, devices, threads, seed, hashes
+metrics.jsonl     a line an event, no clock in it
+timing.jsonl      seconds by step
+status.json       running, done, diverged, failed or interrupted
+result.json       final metrics
+log.txt           warnings and notes
+checkpoints/      `training/checkpoint.py`
+lock              held while a process writes the folder; it dies with its holder
 """
 
 import contextlib
@@ -133,12 +133,12 @@ def free_name(path: Path) -> Path:
 # The folder --------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path, identity_config: Mapping[str, Any]) -> None:
+def open_folder(folder: Path, identity_config: dict[str, Any]) -> None:
     """Makes the folder this config's, or checks that it is.
 
-    `identity_config` is `config.identity(...)` of the run, kept in identity.json. Raises UserError if the folder cannot be
-    made or written, holds something else, or holds another config's run (naming the first field
-    that differs); nothing in it is touched then.
+    `identity_config` is `config.identity(...)` of the run, kept in identity.json. Raises UserError
+    if the folder cannot be made or written, holds something else, or holds another config's run
+    (naming the first field that differs); nothing in it is touched then.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,11 +167,14 @@ def open_folder(folder: Path, identity_config: Mapping[str, Any]) -> None:
         )
 
 
-def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Returns (dotted name, value in a, value in b) of the first field in which two configs differ."""
-    for key in [*a, *(key for key in b if key not in a)]:
+def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns (dotted name, value in a, value in b) of the first field that differs; else None.
+
+    What a section chose (`kind`) comes before the fields that the choice brought.
+    """
+    for key in sorted(a | b, key=lambda key: key != "kind"):
         left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
+        if isinstance(left, dict) and isinstance(right, dict):
             inner = first_difference(left, right)
             if inner:
                 return f"{key}.{inner[0]}", inner[1], inner[2]
@@ -261,7 +264,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Returns (commit, are there uncommitted changes) of normlab's own checkout; None outside one."""
+    """Returns (commit, has it uncommitted changes) of normlab's own checkout; None outside one."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -92,7 +92,9 @@ def make_plan(
     path, _, choices = source.partition(":")
     if any(part.strip().startswith("norm=") for part in choices.split(",")):
         raise UserError(f"config {source!r} chooses a norm; a comparison takes them from --norms")
-    sources = {norm: f"{path}:{','.join(filter(None, [choices, f'norm={norm}']))}" for norm in norms}
+    sources = {
+        norm: f"{path}:{','.join(filter(None, [choices, f'norm={norm}']))}" for norm in norms
+    }
     fields = {norm: set(flatten(load_config(sources[norm]))) for norm in norms}
     everywhere = set().union(*fields.values())
 
@@ -117,9 +119,9 @@ def make_plan(
 def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) -> None:
     """Writes sweep.json: the planned runs, with those of an earlier plan in the folder.
 
-    Raises UserError, and writes nothing, if the folder holds something else, a comparison of another
-    config, or another run under the same label. With `redo_other_commits`, runs of another commit
-    are renamed to `ID.old-N`, so that they are run again.
+    Raises UserError, and writes nothing, if the folder holds something else, a comparison of
+    another config, or another run under the same label. With `redo_other_commits`, runs of another
+    commit are renamed to `ID.old-N`, so that they are run again.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,13 @@ def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) ->
     earlier = run.read_json(folder / run.SWEEP)
     if earlier is None and any(folder.iterdir()):
         raise UserError(f"workdir {str(folder)!r} holds something that is not a comparison")
-    earlier = earlier or {"config": plan.config, "norms": [], "settings": {}, "seeds": [], "runs": []}
+    earlier = earlier or {
+        "config": plan.config,
+        "norms": [],
+        "settings": {},
+        "seeds": [],
+        "runs": [],
+    }
     if earlier["config"] != plan.config:
         raise UserError(
             f"workdir {str(folder)!r} holds a comparison of {earlier['config']!r}, "
@@ -141,7 +149,8 @@ def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) ->
         if there["id"] != planned.id:
             raise UserError(
                 f"workdir {str(folder)!r} has another run as {planned.label!r}"
-                f"{_why_other(folder / there['id'], planned)}; choose another folder or setting name"
+                f"{_why_other(folder / there['id'], planned)}; "
+                "choose another folder or setting name"
             )
     if redo_other_commits:
         _set_aside_other_commits(plan, folder)
@@ -312,7 +321,8 @@ class _Worker:
             "overrides": dict(planned.overrides),
             "workdir": str(folder),
         }
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()

@@ -55,7 +55,8 @@ def compare(names: list[str], batch_size: int, steps: int, rounds: int) -> dict[
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(rounds + 1):
         for name, server in servers.items():
-            assert server.stdin is not None and server.stdout is not None
+            assert server.stdin is not None
+            assert server.stdout is not None
             server.stdin.write("go\n")
             server.stdin.flush()
             reply = server.stdout.readline()

@@ -69,7 +69,10 @@ def test_choices_decide_model_and_optimizer():
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("configs/digits.py:norm=bach_norm", "unknown norm 'bach_norm'; did you mean 'batch_norm'?"),
+        (
+            "configs/digits.py:norm=bach_norm",
+            "unknown norm 'bach_norm'; did you mean 'batch_norm'?",
+        ),
         ("configs/digits.py:model=lenet", "unknown model 'lenet'; did you mean 'lenet5'?"),
         ("configs/digits.py:optimizer=sdg", "unknown optimizer 'sdg'; did you mean 'sgd'?"),
         ("configs/digits.py:nrom=none", "unknown choice 'nrom'; did you mean 'norm'?"),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -133,8 +134,11 @@ def test_a_failed_run_is_retried_and_the_others_go_on(tmp_path):
 
 def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
     plan = plan_of(
-        norms=("none", "layer_norm"), train__num_steps="300", checkpoint__every_steps="50",
-        eval__every_steps="50", log__every_steps="50",
+        norms=("none", "layer_norm"),
+        train__num_steps="300",
+        checkpoint__every_steps="50",
+        eval__every_steps="50",
+        log__every_steps="50",
     )
     sweep.write_plan(plan, tmp_path)
     killed = []
@@ -161,12 +165,10 @@ def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
 
 def pid_of_worker():
     """The worker process among this process's children."""
-    children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
-    for task in os.listdir(f"/proc/{os.getpid()}/task"):
-        children += open(f"/proc/{os.getpid()}/task/{task}/children").read().split()
-    for pid in children:
-        if b"normlab.worker" in open(f"/proc/{pid}/cmdline", "rb").read():
-            return int(pid)
+    for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if b"normlab.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
     raise AssertionError("no worker")
 
 

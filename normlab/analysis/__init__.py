@@ -1,0 +1,1 @@
+"""Probes of trained and untrained networks."""

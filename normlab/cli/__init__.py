@@ -76,7 +76,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Returns {dotted name: text} from `--config.a.b=value`, `--config.a.b value` and `--config.flag`."""
+    """Returns {dotted name: text} of `--config.a.b=value`, `--config.a.b value`, `--config.a`."""
     overrides: dict[str, str] = {}
     queue = list(rest)
     while queue:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HELP = "show every resolved field, the parameters and the normalizers by layer; computes nothing"
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     roles = _flat(optim.roles(params))
     decayed = _flat(optim.role_mask(params, config.optim.decay_roles))
     decays = config.optim.weight_decay > 0
-    rows = [
+    parameters = [
         (
             name,
             "×".join(map(str, leaf.shape)) or "scalar",
@@ -56,12 +57,12 @@ def main(args: argparse.Namespace) -> int:
         )
         for name, leaf in _flat(params).items()
     ]
-    _print_table(("parameter", "shape", "numbers", "role", "decayed"), rows)
+    _print_table(("parameter", "shape", "numbers", "role", "decayed"), parameters)
 
     layers = norm_layers(parts.model, parts.info.image_shape)
-    rows = [(x.path, x.kind, "×".join(map(str, x.shape)), x.note) for x in layers]
+    norms = [(x.path, x.kind, "×".join(map(str, x.shape)), x.note) for x in layers]
     print()
-    _print_table(("normalizer", "kind", "input", "note"), rows)
+    _print_table(("normalizer", "kind", "input", "note"), norms)
     return 0
 
 
@@ -73,7 +74,12 @@ def field_meanings(config: Any) -> dict[str, str]:
     from normlab.optim import OPTIMIZERS
 
     found = meanings(base_source())
-    registries = {"norm": NORMS, "model": MODELS, "conv": CONVS, "optim": OPTIMIZERS}
+    registries: dict[str, Mapping[str, Any]] = {
+        "norm": NORMS,
+        "model": MODELS,
+        "conv": CONVS,
+        "optim": OPTIMIZERS,
+    }
     for section, registry in registries.items():
         found[f"{section}.kind"] = "chosen after the colon (read-only)"
         for cls in reversed(registry[config[section].kind].__mro__):
@@ -100,7 +106,7 @@ def _text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Prints aligned columns; the last one is as wide as it is."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:

@@ -1,6 +1,8 @@
 """`normlab list`: the names that a config may choose."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 HELP = "list norms, models, optimizers, convolutions or data sets"
 
@@ -21,12 +23,12 @@ def main(args: argparse.Namespace) -> int:
             shape = "x".join(map(str, info.image_shape))
             print(f"{name:20} {info.num_train} + {info.num_test} images {shape}")
         return 0
-    registry = {
+    registries: dict[str, Mapping[str, Any]] = {
         "norms": norms.NORMS,
         "models": models.MODELS,
         "convs": models.CONVS,
         "optimizers": optim.OPTIMIZERS,
-    }[args.kind]
-    for name, cls in registry.items():
+    }
+    for name, cls in registries[args.kind].items():
         print(f"{name:20} {(cls.__doc__ or '').strip().splitlines()[0]}")
     return 0

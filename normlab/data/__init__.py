@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from normlab.data.augmentation import augment
     from normlab.data.info import DATASETS, DatasetInfo, dataset_info
     from normlab.data.pipeline import (
+        Examples,
         epoch_permutation,
         eval_indices,
         fetch,
@@ -23,6 +24,7 @@ _HOMES = {
     "augmentation": ("augment",),
     "info": ("DATASETS", "DatasetInfo", "dataset_info"),
     "pipeline": (
+        "Examples",
         "epoch_permutation",
         "eval_indices",
         "fetch",
@@ -37,6 +39,7 @@ __all__ = [
     "DATASETS",
     "Dataset",
     "DatasetInfo",
+    "Examples",
     "Split",
     "augment",
     "check_source",

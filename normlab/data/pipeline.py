@@ -14,6 +14,8 @@ from jax import Array
 from normlab.data.info import DatasetInfo
 from normlab.errors import UserError
 
+Examples = tuple[Array, Array]  # images uint8 [N, H, W, C], labels int32 [N]
+
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Returns the order of `count` examples in an epoch (from 0): int32 [count].
@@ -69,12 +71,13 @@ def eval_indices(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     return indices.reshape(batches, batch_size), mask.reshape(batches, batch_size)
 
 
-def fetch(images: Array, labels: Array, indices: Array, info: DatasetInfo) -> tuple[Array, Array]:
+def fetch(examples: Examples, indices: Array, info: DatasetInfo) -> tuple[Array, Array]:
     """Returns (images float32 [B, H, W, C] standardized per channel, labels [B]); pure, jit-able.
 
     The values are (pixel / 255 − mean) / std, with the training set's mean and std of `info`.
-    `images` uint8 [N, H, W, C], `labels` int32 [N], `indices` int32 [B].
+    `indices`: int32 [B].
     """
+    images, labels = examples
     chosen = jnp.take(images, indices, axis=0).astype(jnp.float32) / 255
     mean, std = jnp.asarray(info.mean, jnp.float32), jnp.asarray(info.std, jnp.float32)
     return (chosen - mean) / std, jnp.take(labels, indices, axis=0)

@@ -141,8 +141,8 @@ def filter_gradient(x: Array, g: Array, kernel_shape: Sequence[int], window: Win
 
     ∂L/∂k[a, b] = Σ_{n,h,w} x[n, sh + a − p, sw + b − p] g[n, h, w]. The taps b are x's columns,
     shifted and side by side on channels. At stride 1 the taps a are g's rows shifted the other way,
-    so that one product [KW·I, NHW'] × [NHW', KH·O] has them all; with a stride they stand beside the
-    taps b.
+    so that one product [KW·I, NHW'] × [NHW', KH·O] has them all; with a stride they stand beside
+    the taps b.
     """
     rows, columns, inputs, outputs = kernel_shape
     (stride_h, stride_w), ((top, _), (left, _)) = window

@@ -23,7 +23,7 @@ class NormLayer:
 
 def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLayer]:
     """Returns the normalizers in the order in which an image [H, W, C] meets them."""
-    kinds = {cls: name for name, cls in NORMS.items()}
+    kinds: dict[type[nn.Module], str] = {cls: name for name, cls in NORMS.items()}
     found: list[NormLayer] = []
 
     def watch(
@@ -49,7 +49,9 @@ def _note(module: nn.Module, channels: int) -> str:
     if module.group_size is not None:
         if channels == groups * module.group_size:
             return ""
-        return f"group_size {module.group_size} does not divide {channels} channels: {groups} groups"
+        return (
+            f"group_size {module.group_size} does not divide {channels} channels: {groups} groups"
+        )
     if groups == wish:
         return ""
     return f"num_groups {wish} does not divide {channels} channels: {groups} groups"

@@ -2,12 +2,12 @@
 
 "v1.5": the stride of a bottleneck is in its 3×3 convolution, not in the first 1×1 (the change made
 by the Torch reimplementation; about half a percent better). Zero initialization of the last scale
-of each block is that of Goyal et al. 2017 (arXiv:1706.02677, section 5.1), whose recipe is the usual
-one for ResNet-50, and therefore on by default.
+of each block is that of Goyal et al. 2017 (arXiv:1706.02677, section 5.1), whose recipe is the
+usual one for ResNet-50, and therefore on by default.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -94,7 +94,7 @@ class ResNet18(nn.Module):
         return self.conv.dense(self.num_classes, name="head")(x)
 
     def _block(self, features: int, strides: int, name: str) -> nn.Module:
-        common = {
+        common: dict[str, Any] = {
             "features": features,
             "strides": strides,
             "norm": self.norm,

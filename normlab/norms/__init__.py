@@ -6,8 +6,6 @@ arithmetic, and `groups.py` for which examples share a statistic.
 
 from typing import Any
 
-from flax import linen as nn
-
 from normlab.norms.batch import BatchNorm
 from normlab.norms.factory import FACTORY_FIELDS, NormFactory, make_factory
 from normlab.norms.functional import Moments
@@ -15,10 +13,11 @@ from normlab.norms.group import GroupNorm
 from normlab.norms.identity import Identity
 from normlab.norms.instance import InstanceNorm
 from normlab.norms.layer import LayerNorm
+from normlab.norms.normalizer import Normalizer
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.rms import RMSNorm
 
-NORMS: dict[str, type[nn.Module]] = {
+NORMS: dict[str, type[Normalizer]] = {
     "none": Identity,
     "batch_norm": BatchNorm,
     "batch_renorm": BatchRenorm,
@@ -53,6 +52,7 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "NormFactory",
+    "Normalizer",
     "RMSNorm",
     "make_norm",
 ]

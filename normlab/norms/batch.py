@@ -4,34 +4,44 @@ x̂ = (x − μ_B) / √(σ²_B + ε), y = γ x̂ + β (algorithm 1), μ_B and t
 batch and all positions; at inference the moving averages stand in for them (algorithm 2).
 
 Departures, each a field:
-* The paper averages m/(m−1)·σ²_B for inference, as PyTorch does: `running_variance="unbiased"`. Flax
-  stores the biased one, and so does the default here.
+* The paper averages m/(m−1)·σ²_B for inference, as PyTorch does: `running_variance="unbiased"`.
+  Flax stores the biased one, and so does the default here.
 * The paper is silent on how averages are made; here new = momentum·old + (1 − momentum)·batch, with
   zero and one at the start (PyTorch's momentum is one minus this one).
 """
 
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.functional import Moments, ema, expand_mask, finite_where_masked, normalize
+from normlab.norms.functional import (
+    Moments,
+    expand_mask,
+    finite_where_masked,
+    normalize,
+    rough_mean,
+    statistics_dtype,
+    unbiased,
+)
 from normlab.norms.groups import (
-    average_over_groups,
+    group_axes,
     group_moments,
     grouping_of,
+    moving_averages,
     sow_moments,
     split,
 )
-from normlab.norms.parameters import Initializer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Normalizer):
     """Normalizes each channel over a group of examples; running averages at inference.
 
-    State: `mean`, `var` [C] float32.
+    State: `mean`, `var` [C], float32 at least.
     """
 
     momentum: float = 0.9  # weight of the old value in the running averages
@@ -54,44 +64,52 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
 
-        A group of nothing unmasked is normalized by the running statistics and changes no state, nor
-        does a statistic that is not finite. Raises ValueError for a scope that does not fit.
+        A group of nothing unmasked is normalized by the running statistics and changes no state. A
+        statistic that is not finite leaves the whole state as it was. Raises ValueError for a scope
+        that does not fit the batch.
         """
         if self.running_variance not in ("biased", "unbiased"):
-            raise ValueError(f"running_variance {self.running_variance!r} is not biased or unbiased")
+            raise ValueError(
+                f"running_variance {self.running_variance!r} is not biased or unbiased"
+            )
         channels = x.shape[-1]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        state_dtype = statistics_dtype(self.param_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), state_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), state_dtype)
         scale, bias = scale_and_bias(self, (channels,))
         dtype = output_dtype(self, x)
         if not train:
-            return normalize(x, mean.value, var.value, self.epsilon, scale, bias).astype(dtype)
+            inverse_std = jax.lax.rsqrt(var.value + self.epsilon)
+            return normalize(x, mean.value, inverse_std, scale, bias).astype(dtype)
 
-        mask = expand_mask(mask, x.ndim)
+        mask = expand_mask(mask, x.shape)
         x = finite_where_masked(x, mask)
         grouping = grouping_of(self, x.shape[0])
-        groups = group_moments(x, mask, grouping)
-        if not self.is_initializing():
-            sow_moments(self, groups, grouping)
-            stored = groups.var
-            if self.running_variance == "unbiased":
-                stored = stored * (groups.count / jnp.maximum(groups.count - 1, 1))
-            valid = (groups.count > 0) & jnp.isfinite(groups.mean) & jnp.isfinite(groups.var)
-            for state, values in ((mean, groups.mean), (var, stored)):
-                new, seen = average_over_groups(values, valid, grouping)
-                state.value = jnp.where(seen, ema(state.value, new, self.momentum), state.value)
-
+        values = split(x, grouping.num_groups)
+        mask = None if mask is None else split(mask, grouping.num_groups)
+        shift = rough_mean(values, group_axes(values), mask)
+        groups, local = group_moments(values, mask, shift, grouping)
         group_mean, group_var = groups.mean, groups.var
         if mask is not None:
             group_mean = jnp.where(groups.count > 0, group_mean, mean.value)
             group_var = jnp.where(groups.count > 0, group_var, var.value)
-        y = split(x, grouping.num_groups)
-        y = normalize(y, group_mean, group_var, self.epsilon, scale, bias)
+        inverse_std = jax.lax.rsqrt(group_var + self.epsilon)
+        y = normalize(values, group_mean, inverse_std, scale, bias, shift)
+
+        if not self.is_initializing():
+            sow_moments(self, local, grouping)
+            averages, _ = moving_averages(
+                {"mean": mean.value, "var": var.value},
+                self.state_from_moments(groups),
+                groups.count,
+                self.momentum,
+                grouping,
+            )
+            mean.value, var.value = averages["mean"], averages["var"]
         return y.reshape(x.shape).astype(dtype)
 
     def state_from_moments(self, moments: Moments) -> dict[str, Array]:
         """Returns the `batch_stats` entries that stand for population moments [C]."""
-        var = moments.var
         if self.running_variance == "unbiased":
-            var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
-        return {"mean": moments.mean, "var": var}
+            return {"mean": moments.mean, "var": unbiased(moments.var, moments.count)}
+        return {"mean": moments.mean, "var": moments.var}

@@ -1,60 +1,99 @@
-"""Statistics within one example: what layer, group, instance and RMS normalization share."""
+"""Statistics within one example: what layer, group, instance and RMS normalization share.
 
+An example with nothing unmasked is normalized by its own values, as if it had no mask: it reaches
+no other example, and no sum is over nothing. So a mask [N] changes nothing here.
+"""
+
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normlab.norms.functional import Axes, Moments, moments, pool_moments
+from normlab.norms.functional import (
+    Axes,
+    expand_mask,
+    finite_where_masked,
+    moments,
+    normalize,
+    pool_moments,
+    rough_mean,
+    statistics_dtype,
+)
 
 AXES = ("all", "channel")
 
 
-def example_axes(ndim: int, axes: str) -> Axes:
-    """Returns the axes of x [N, ..., C] that `all` or `channel` means; raises ValueError else."""
-    if axes == "all":
-        return tuple(range(1, ndim))
-    if axes == "channel":
-        return (ndim - 1,)
-    raise ValueError(f"axes {axes!r} is none of {', '.join(AXES)}")
+def check_axes(axes: str) -> None:
+    """Raises ValueError unless `axes` is `all` or `channel`."""
+    if axes not in AXES:
+        raise ValueError(f"axes {axes!r} is none of {', '.join(AXES)}")
 
 
-def known_moments(x: Array, axes: Axes, mask: Array | None) -> Moments:
-    """Returns the moments over `axes`; mean 0 and variance 1 where nothing is unmasked."""
-    return _known(moments(x, axes, mask), mask)
+def prepare(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    """Returns x with harmless padding, and the mask [N, ..., 1] where it is of any consequence."""
+    mask = expand_mask(mask, x.shape)
+    x = finite_where_masked(x, mask)
+    if mask is None or math.prod(mask.shape[1:]) == 1:
+        return x, None
+    return x, mask | ~mask.any(position_axes(x), keepdims=True)
 
 
-def channel_group_moments(x: Array, num_groups: int, mask: Array | None) -> Moments:
-    """Returns the moments of each channel's group: x [N, ..., C] -> Moments of [N, 1, ..., C].
+def position_axes(x: Array) -> Axes:
+    """Returns the axes of x [N, ..., C] between examples and channels."""
+    return tuple(range(1, x.ndim - 1))
+
+
+def normalize_groups(
+    x: Array,
+    num_groups: int,
+    mask: Array | None,
+    epsilon: float,
+    scale: Array | None,
+    bias: Array | None,
+) -> Array:
+    """Returns x [N, ..., C] normalized per example over positions and each group of channels.
 
     The moments of single channels are pooled by the law of total variance, so that the pass over x
-    reduces positions only and channels stay side by side in memory.
+    reduces positions only and channels stay side by side in memory. `mask`: from `prepare`.
     """
-    if x.ndim == 2:  # one position: a channel's own variance is zero, the group's is not
-        x, mask = x[:, None, :], None if mask is None else mask[:, None, :]
-        stats = channel_group_moments(x, num_groups, mask)
-        return Moments(*(part[:, 0] for part in (stats.count, stats.mean, stats.var)))
-    channels = x.shape[-1]
-    single = moments(x, tuple(range(1, x.ndim - 1)), mask)
-    grouped = Moments(
-        *(
-            part.reshape(*part.shape[:-1], num_groups, channels // num_groups)
-            for part in (single.count, single.mean, single.var)
-        )
+    shift = rough_mean(x, position_axes(x), mask)
+    channels = moments(x, position_axes(x), mask, shift)
+    members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
+    pooled = pool_moments(members, (-1,))
+    mean, var = (
+        jnp.broadcast_to(part, members.mean.shape).reshape(shift.shape)
+        for part in (pooled.mean, pooled.var)
     )
-    pooled = pool_moments(grouped, (-1,))
-    per_channel = Moments(
-        *(
-            jnp.broadcast_to(part, member.shape).reshape(single.mean.shape)
-            for part, member in (
-                (pooled.count, grouped.count),
-                (pooled.mean, grouped.mean),
-                (pooled.var, grouped.var),
-            )
-        )
-    )
-    return _known(per_channel, mask)
+    return normalize(x, mean, jax.lax.rsqrt(var + epsilon), scale, bias, shift)
 
 
-def _known(stats: Moments, mask: Array | None) -> Moments:
-    if mask is None:
-        return stats
-    return stats.replace(var=jnp.where(stats.count > 0, stats.var, 1))
+def standardize_channels(x: Array, epsilon: float, center: bool) -> Array:
+    """Returns x [..., C] standardized over its last axis, in the statistics' dtype.
+
+    (x − mean)/√(var + ε) if `center`, else x/√(mean(x²) + ε).
+    """
+    values = x.astype(statistics_dtype(x.dtype))
+    if center:
+        # Any constant would do; this one leaves the mean in the range of the deviations.
+        values = values - jax.lax.stop_gradient(values[..., :1])
+        values = values - _over_channels(_channel_mean(values), x.shape[-1])
+    inverse_std = jax.lax.rsqrt(_channel_mean(jnp.square(values)) + epsilon)
+    return values * _over_channels(inverse_std, x.shape[-1])
+
+
+# A mean over the last axis and its opposite, both as products with a vector of ones: each is the
+# other's transpose, so the backward pass is made of them too. XLA's CPU backend has fast loops for
+# these and slow ones for a reduction over the fastest axis.
+
+
+def _channel_mean(x: Array) -> Array:
+    """Returns the mean over the last axis: [..., C] -> [...]."""
+    ones = jnp.ones(x.shape[-1], x.dtype)
+    return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST) / x.shape[-1]
+
+
+def _over_channels(values: Array, channels: int) -> Array:
+    """Returns the values repeated along a new last axis: [...] -> [..., C]."""
+    ones = jnp.ones(channels, values.dtype)
+    return jnp.tensordot(values, ones, axes=0, precision=jax.lax.Precision.HIGHEST)

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from flax import linen as nn
+from flax.core import FrozenDict
 from jax import Array
 
 from normlab.norms.groups import SCOPES
-from normlab.norms.parameters import Initializer
+from normlab.norms.normalizer import Initializer, Normalizer
 
 FACTORY_FIELDS = ("stats_scope", "ghost_size", "axis_name", "device_groups", "strict")
 """Fields of normalizers that the factory sets; they are never part of `config.norm`."""
@@ -20,10 +20,10 @@ UNITS = ("steps", "epochs", "examples", "fraction")
 class NormFactory:
     """Makes the normalizers of a model, all of one class and setting."""
 
-    cls: type[nn.Module]
-    fields: dict[str, Any]
+    cls: type[Normalizer]
+    fields: FrozenDict[str, Any]  # hashable, as the fields of a Flax module are
 
-    def __call__(self, *, name: str, scale_init: Initializer | None = None) -> nn.Module:
+    def __call__(self, *, name: str, scale_init: Initializer | None = None) -> Normalizer:
         """Returns a normalizer called as `norm(x, train=..., mask=...)`.
 
         `scale_init`, for the last one of a residual branch, is dropped where there is no scale.
@@ -49,23 +49,23 @@ class NormFactory:
         return normalize_and_activate
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Normalizer:
         """An unbound normalizer, for what does not depend on a place in a model."""
         return self.cls(**self.fields, parent=None)
 
     @property
     def has_bias(self) -> bool:
         """True if the normalizer adds an offset: a linear layer before it needs none."""
-        return bool(self.module.use_bias)
+        return bool(getattr(self.module, "use_bias", False))
 
     @property
     def stateful(self) -> bool:
         """True if the normalizer keeps running statistics."""
-        return bool(self.cls.stateful)
+        return self.cls.stateful
 
 
 def make_factory(
-    cls: type[nn.Module],
+    cls: type[Normalizer],
     config: Any,
     run_length: Any,
     *,
@@ -93,7 +93,7 @@ def make_factory(
         fields["strict"] = False
     if "stats_scope" in names:
         fields |= _scope_fields(config, num_devices, axis_name)
-    return NormFactory(cls, fields)
+    return NormFactory(cls, FrozenDict(fields))
 
 
 def _scope_fields(config: Any, num_devices: int, axis_name: str | None) -> dict[str, Any]:
@@ -103,13 +103,15 @@ def _scope_fields(config: Any, num_devices: int, axis_name: str | None) -> dict[
         raise ValueError(f"config field 'batch_stats.scope' = {scope!r} is none of {SCOPES}")
     if scope == "ghost":
         if ghost_size is None:
-            raise ValueError("config field 'batch_stats.ghost_size' is empty; scope 'ghost' needs it")
+            raise ValueError(
+                "config field 'batch_stats.ghost_size' is empty; scope 'ghost' needs it"
+            )
         if ghost_size < 1 or batch_size % ghost_size:
             legal = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
             nearest = min(legal, key=lambda size: abs(size - ghost_size))
             raise ValueError(
-                f"config field 'batch_stats.ghost_size' = {ghost_size} does not divide the batch of "
-                f"{batch_size}; nearest: {nearest}"
+                f"config field 'batch_stats.ghost_size' = {ghost_size} does not divide the batch "
+                f"of {batch_size}; nearest: {nearest}"
             )
     # Under jit all shares of the batch are in one array; under pmap each device sees its own.
     groups = num_devices if scope == "device" and axis_name is None else 1

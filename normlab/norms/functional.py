@@ -1,10 +1,19 @@
 """Moments and normalization as pure functions: arrays in, arrays out.
 
-Statistics are computed in float32 at least. The variance is the corrected two-pass one (Chan, Golub
-& LeVeque 1983, "Algorithms for computing the sample variance", eq. 1.7): it is accurate where the
-one-pass E[x²] − E[x]² cancels (at mean/std = 10⁴ in float32 that one is off by a factor), and it
-can never be negative. Gradients are written out, so that the backward pass keeps x and the mean
-alone.
+Statistics are computed in float32 at least, from x − s with s a constant near the mean:
+
+    var = E[(x − s)²] − E[x − s]²
+    y = (x − s)·a + (bias − (mean − s)·a),    a = scale / √(var + ε)
+
+Both hold for every s, and so do their derivatives of all orders, hence s carries no gradient. They
+keep their digits where the bare E[x²] − E[x]² cancels (at mean/std = 10⁴ in float32 that one is off
+by a factor): if s is the mean of a fraction f of the values, then (mean − s)² ≤ var·(1 − f)/f
+whatever the data, because var contains the spread between the two parts. So f = 1/64 costs at most
+two of float32's seven digits, and no second pass over x is needed. The gradient takes two sums over
+the batch (of dy and of dy·(x − s)), where the textbook form takes three.
+
+Source of shift and merge: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
+variance".
 """
 
 import math
@@ -18,10 +27,11 @@ from jax.typing import DTypeLike
 
 Axes = tuple[int, ...]
 
+_PILOT = 64  # a rough mean without a mask is over at least 1/64 of the values
 
-@struct.dataclass
-class Moments:
-    """Count, mean and biased variance of sets of values; all three broadcast together."""
+
+class Moments(struct.PyTreeNode):
+    """Count, mean and biased variance of sets of values: three arrays of one shape."""
 
     count: Array  # values in each set, float
     mean: Array  # 0 where the count is 0
@@ -29,19 +39,45 @@ class Moments:
 
 
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype in which statistics of values of `dtype` are computed: float32 or wider."""
+    """Returns the dtype in which statistics of values of `dtype` are computed: float32 or wider.
+
+    Raises ValueError for integers, to which normalized values would be rounded.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"a normalizer takes floating-point values, not {jnp.dtype(dtype).name}")
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def moments(x: Array, axes: Axes, mask: Array | None = None) -> Moments:
+# Moments -----------------------------------------------------------------------------------------
+
+
+def rough_mean(x: Array, axes: Axes, mask: Array | None = None) -> Array:
+    """Returns a constant near the mean of `x` over `axes`, which stay as axes of length 1.
+
+    Without a mask it is the mean over the first 1/64 (rounded up) of the second of `axes` (the
+    first is often examples, which devices share out). It carries no gradient.
+    """
+    if mask is not None:
+        return jax.lax.stop_gradient(_mean(_masked(x, mask), axes, _count(x, axes, mask)))
+    if len(axes) > 1:
+        x = jax.lax.slice_in_dim(x, 0, -(-x.shape[axes[1]] // _PILOT), axis=axes[1])
+    values = x.astype(statistics_dtype(x.dtype))
+    return jax.lax.stop_gradient(values.mean(axes, keepdims=True))
+
+
+def moments(x: Array, axes: Axes, mask: Array | None = None, shift: Array | None = None) -> Moments:
     """Returns the moments of `x` over `axes`, which stay as axes of length 1.
 
-    `mask`, of x's rank and broadcastable to it, is true where a value counts. Gradients flow through
-    mean and variance to the values that count.
+    `mask`, of x's rank and broadcastable to it, is true where a value counts. `shift` is a constant
+    near the mean (default `rough_mean`); it changes nothing but rounding errors.
     """
-    axes = tuple(axis % x.ndim for axis in axes)
-    mean, var = _mean_and_variance(x, mask, axes)
-    return Moments(count=jnp.broadcast_to(_count(x, axes, mask), mean.shape), mean=mean, var=var)
+    shift = rough_mean(x, axes, mask) if shift is None else shift
+    count = _count(x, axes, mask)
+    centered = _masked(x.astype(statistics_dtype(x.dtype)) - shift, mask)
+    mean = _mean(centered, axes, count)
+    var = jnp.maximum(_mean(jnp.square(centered), axes, count) - jnp.square(mean), 0)
+    mean = mean + shift if mask is None else jnp.where(count > 0, mean + shift, 0)
+    return Moments(count=jnp.broadcast_to(count, mean.shape), mean=mean, var=var)
 
 
 def _count(x: Array, axes: Axes, mask: Array | None) -> Array:
@@ -54,45 +90,24 @@ def _count(x: Array, axes: Axes, mask: Array | None) -> Array:
     return jnp.sum(mask, axes, dtype=dtype, keepdims=True) * repeats
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _mean_and_variance(x: Array, mask: Array | None, axes: Axes) -> tuple[Array, Array]:
-    dtype = statistics_dtype(x.dtype)
-    count = jnp.maximum(_count(x, axes, mask), 1)
-    values = x.astype(dtype)
-
-    def average(values: Array) -> Array:
-        kept = values if mask is None else jnp.where(mask, values, 0)
-        return jnp.sum(kept, axes, keepdims=True) / count
-
-    first = average(values)
-    deviation = values - first
-    error = average(deviation)  # what rounding left in the first mean
-    var = average(jnp.square(deviation)) - jnp.square(error)
-    return first + error, jnp.maximum(var, 0)
+def _masked(x: Array, mask: Array | None) -> Array:
+    return x if mask is None else jnp.where(mask, x, 0)
 
 
-def _mean_and_variance_forward(
-    x: Array, mask: Array | None, axes: Axes
-) -> tuple[tuple[Array, Array], tuple[Array, Array | None, Array]]:
-    mean, var = _mean_and_variance(x, mask, axes)
-    return (mean, var), (x, mask, mean)
+def _mean(x: Array, axes: Axes, count: Array) -> Array:
+    values = x.astype(statistics_dtype(x.dtype))
+    return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
 
 
-def _mean_and_variance_backward(
-    axes: Axes, saved: tuple[Array, Array | None, Array], cotangents: tuple[Array, Array]
-) -> tuple[Array, None]:
-    """∂mean/∂xᵢ = 1/m and ∂var/∂xᵢ = 2(xᵢ − mean)/m, for the values that count."""
-    x, mask, mean = saved
-    to_mean, to_var = cotangents
-    count = jnp.maximum(_count(x, axes, mask), 1)
-    deviation = x.astype(mean.dtype) - mean
-    gradient = to_mean / count + deviation * (2 * to_var / count)
-    if mask is not None:
-        gradient = jnp.where(mask, gradient, 0)
-    return gradient.astype(x.dtype), None
+def mean_square(x: Array, axes: Axes, mask: Array | None = None) -> Array:
+    """Returns E[x²] over `axes`, which stay as axes of length 1; 0 over no values."""
+    square = jnp.square(_masked(x.astype(statistics_dtype(x.dtype)), mask))
+    return _mean(square, axes, _count(x, axes, mask))
 
 
-_mean_and_variance.defvjp(_mean_and_variance_forward, _mean_and_variance_backward)
+def unbiased(var: Array, count: Array) -> Array:
+    """Returns var · n/(n − 1) (Bessel's correction); 0 for a single value."""
+    return var * (count / jnp.maximum(count - 1, 1))
 
 
 def pool_moments(parts: Moments, axes: Axes) -> Moments:
@@ -128,25 +143,36 @@ def psum_moments(
     return Moments(count=count, mean=mean, var=var)
 
 
+# Normalization -----------------------------------------------------------------------------------
+
+
 def normalize(
     x: Array,
     mean: Array,
-    var: Array,
-    epsilon: float,
+    inverse_std: Array,
     scale: Array | None = None,
     bias: Array | None = None,
+    shift: Array | None = None,
 ) -> Array:
-    """Returns (x − mean) / √(var + epsilon) · scale + bias, in the statistics' dtype."""
-    gain = jax.lax.rsqrt(var + epsilon)
-    return affine((x.astype(gain.dtype) - mean) * gain, scale, bias)
+    """Returns (x − mean) · inverse_std · scale + bias in the statistics' dtype.
+
+    `shift` is the constant that `moments` had, so that x − shift is computed once (default: the
+    mean).
+    """
+    shift = jax.lax.stop_gradient(mean) if shift is None else shift
+    slope = inverse_std if scale is None else inverse_std * scale
+    offset = (shift - mean) * slope
+    if bias is not None:
+        offset = offset + bias
+    return (x.astype(statistics_dtype(x.dtype)) - shift) * slope + offset
 
 
 def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
     """Returns y · scale + bias, either of which may be absent."""
     if scale is not None:
-        y = y * scale.astype(y.dtype)
+        y = y * scale
     if bias is not None:
-        y = y + bias.astype(y.dtype)
+        y = y + bias
     return y
 
 
@@ -155,16 +181,22 @@ def ema(old: Array, new: Array, momentum: float | Array) -> Array:
     return (momentum * old + (1 - momentum) * new).astype(old.dtype)
 
 
-def expand_mask(mask: Array | None, ndim: int) -> Array | None:
-    """Returns the mask [N] or [N, ...] (without channels) as bool of rank `ndim`, axes of 1 added.
+# Masks -------------------------------------------------------------------------------------------
 
-    Raises ValueError if the mask has channels' rank or more.
+
+def expand_mask(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """Returns the mask [N] or [N, ...] (no channels) as bool of the rank of x, axes of 1 added.
+
+    Raises ValueError if its shape is not how `shape`, of x [N, ..., C], begins.
     """
     if mask is None:
         return None
-    if mask.ndim >= ndim:
-        raise ValueError(f"mask of shape {mask.shape} must have at most {ndim - 1} axes: no channels")
-    return mask.astype(bool).reshape(*mask.shape, *[1] * (ndim - mask.ndim))
+    if not 0 < mask.ndim < len(shape) or mask.shape != shape[: mask.ndim]:
+        raise ValueError(
+            f"mask of shape {mask.shape} does not fit values of shape {shape}: "
+            "it is [N] or [N, ...], without channels"
+        )
+    return mask.astype(bool).reshape(*mask.shape, *[1] * (len(shape) - mask.ndim))
 
 
 def finite_where_masked(x: Array, mask: Array | None) -> Array:

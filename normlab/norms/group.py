@@ -5,18 +5,15 @@ training and at inference; a gain and offset per channel. G = 1 is layer normali
 C, G = C instance normalization. ε is the paper's code's 1e-5; Flax has 1e-6.
 """
 
-from typing import ClassVar
-
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.examples import channel_group_moments
-from normlab.norms.functional import expand_mask, finite_where_masked, normalize
-from normlab.norms.parameters import Initializer, output_dtype, scale_and_bias
+from normlab.norms.examples import normalize_groups, prepare
+from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Normalizer):
     """Normalizes each example over groups of channels. No state."""
 
     num_groups: int = 32  # groups of channels; ignored if group_size is set
@@ -30,21 +27,17 @@ class GroupNorm(nn.Module):
     bias_init: Initializer = nn.initializers.zeros
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
-    stateful: ClassVar[bool] = False
-
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
 
-        An example with nothing unmasked passes with mean 0 and variance 1. Raises ValueError if the
+        An example with nothing unmasked is normalized by its own values. Raises ValueError if the
         groups do not divide the channels and `strict` is set.
         """
         groups = self.groups_of(x.shape[-1])
         scale, bias = scale_and_bias(self, x.shape[-1:])
-        mask = expand_mask(mask, x.ndim)
-        x = finite_where_masked(x, mask)
-        stats = channel_group_moments(x, groups, mask)
-        y = normalize(x, stats.mean, stats.var, self.epsilon, scale, bias)
+        x, mask = prepare(x, mask)
+        y = normalize_groups(x, groups, mask, self.epsilon, scale, bias)
         return y.astype(output_dtype(self, x))
 
     def groups_of(self, channels: int) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from normlab.norms.functional import Moments, moments, pool_moments, psum_moments
+from normlab.norms.functional import Moments, ema, moments, pool_moments, psum_moments
 
 SCOPES = ("global", "device", "ghost")
 
@@ -25,6 +25,16 @@ class Grouping:
     axis_name: str | None = None  # devices that take part, under pmap or shard_map
     pooled: bool = False  # statistics are pooled over devices
     index_groups: list[list[int]] | None = None  # devices pooled together; None: all of them
+
+    @property
+    def everywhere(self) -> bool:
+        """True if every device has the moments of the whole batch."""
+        return self.axis_name is None or (self.pooled and self.index_groups is None)
+
+    @property
+    def span(self) -> int:
+        """Devices on which each group stands."""
+        return len(self.index_groups[0]) if self.index_groups else 1
 
 
 def make_grouping(
@@ -68,35 +78,19 @@ def _check_divides(groups: int, batch_size: int, what: str) -> None:
 
 
 def grouping_of(module: nn.Module, batch_size: int) -> Grouping:
-    """Returns the grouping that a module's scope fields ask for; no collectives while it is made."""
+    """Returns the grouping that a module's scope fields ask for.
+
+    While variables are made there is one group: a dummy batch of any size will do, and no axis.
+    """
+    if module.is_initializing():
+        return Grouping(1)
     return make_grouping(
         module.stats_scope,
         batch_size,
         ghost_size=module.ghost_size,
         device_groups=module.device_groups,
-        axis_name=None if module.is_initializing() else module.axis_name,
+        axis_name=module.axis_name,
     )
-
-
-def sow_moments(module: nn.Module, groups: Moments, grouping: Grouping) -> None:
-    """Leaves the moments [C] of the whole batch in the collection `batch_moments`, if asked for."""
-    if module.is_mutable_collection("batch_moments"):
-        total = whole_batch(groups, grouping)
-        module.sow("batch_moments", "moments", total, reduce_fn=lambda _, new: new)
-
-
-def group_moments(x: Array, mask: Array | None, grouping: Grouping) -> Moments:
-    """Returns each group's moments per channel: x [N, ..., C] -> Moments of [G, 1, ..., 1, C].
-
-    `mask` has x's rank (`expand_mask`). The result of G groups is broadcast against `split(x, G)`.
-    """
-    x = split(x, grouping.num_groups)
-    mask = None if mask is None else split(mask, grouping.num_groups)
-    local = moments(x, tuple(range(1, x.ndim - 1)), mask)
-    if not grouping.pooled:
-        return local
-    assert grouping.axis_name is not None
-    return psum_moments(local, grouping.axis_name, grouping.index_groups)
 
 
 def split(x: Array, num_groups: int) -> Array:
@@ -104,25 +98,69 @@ def split(x: Array, num_groups: int) -> Array:
     return x.reshape(num_groups, x.shape[0] // num_groups, *x.shape[1:])
 
 
-def whole_batch(groups: Moments, grouping: Grouping) -> Moments:
-    """Returns the moments [C] of the whole batch, over all groups and devices."""
-    total = pool_moments(groups, (0,))
-    everywhere = grouping.pooled and grouping.index_groups is None
-    if grouping.axis_name is not None and not everywhere:
-        # Groups that span devices stand on each of them: all counts grow alike, no weight changes.
-        total = psum_moments(total, grouping.axis_name)
-    channels = total.mean.shape[-1]
-    return jax.tree.map(lambda part: jnp.broadcast_to(part.reshape(-1), (channels,)), total)
+def group_axes(x: Array) -> tuple[int, ...]:
+    """Returns the axes of a batch split into groups, [G, N/G, ..., C], that share a statistic."""
+    return tuple(range(1, x.ndim - 1))
 
 
-def average_over_groups(values: Array, valid: Array, grouping: Grouping) -> tuple[Array, Array]:
-    """Returns ([C] mean of the valid groups' values with equal weight, [C] is there any).
+def group_moments(
+    x: Array, mask: Array | None, shift: Array, grouping: Grouping
+) -> tuple[Moments, Moments]:
+    """Returns (each group's moments, this device's part of them), per channel: [G, 1, ..., 1, C].
 
-    `values`, `valid`: [G, 1, ..., 1, C].
+    `x`: [G, N/G, ..., C]; `mask`: the same rank; `shift`: a constant near each group's mean.
     """
-    axes = tuple(range(values.ndim - 1))
-    total = jnp.sum(jnp.where(valid, values, 0), axes)
-    count = jnp.sum(valid, axes, dtype=values.dtype)
+    local = moments(x, group_axes(x), mask, shift)
+    if not grouping.pooled:
+        return local, local
+    assert grouping.axis_name is not None
+    return psum_moments(local, grouping.axis_name, grouping.index_groups), local
+
+
+def sow_moments(module: nn.Module, local: Moments, grouping: Grouping) -> None:
+    """Leaves the moments [C] of the whole batch in the collection `batch_moments`, if asked for."""
+    if not module.is_mutable_collection("batch_moments"):
+        return
+    total = pool_moments(local, tuple(range(local.mean.ndim - 1)))
     if grouping.axis_name is not None:
-        total, count = jax.lax.psum((total, count), grouping.axis_name)
-    return total / jnp.maximum(count, 1), count > 0
+        total = psum_moments(total, grouping.axis_name)
+    total = jax.tree.map(lambda part: part.reshape(-1), total)
+    module.sow("batch_moments", "moments", total, reduce_fn=lambda _, new: new)
+
+
+def moving_averages(
+    old: dict[str, Array],
+    new: dict[str, Array],
+    count: Array,
+    momentum: float,
+    grouping: Grouping,
+) -> tuple[dict[str, Array], Array]:
+    """Returns the running statistics after a batch, and whether they moved (boolean []).
+
+    `old`: [C]; `new`, `count`: [G, 1, ..., 1, C]. The groups that have values enter with equal
+    weight. Nothing moves if there is none, or if any of their statistics is not finite: one
+    overflow in one batch would otherwise poison an average for good.
+    """
+    axes = tuple(range(count.ndim - 1))
+
+    def total(per_group: Array) -> Array:
+        summed = per_group.sum(axes)
+        if grouping.everywhere:
+            return summed
+        assert grouping.axis_name is not None
+        # A group that spans devices stands on each of them: all weights grow alike.
+        return jax.lax.psum(summed, grouping.axis_name)
+
+    groups = total((count > 0).astype(count.dtype))
+    means = {
+        name: total(jnp.where(count > 0, value, 0)) / jnp.maximum(groups, 1)
+        for name, value in new.items()
+    }
+    moves = (groups > 0).all()
+    for mean in means.values():
+        moves &= jnp.isfinite(mean).all()
+    averages = {
+        name: jnp.where(moves, ema(old[name], mean, momentum), old[name])
+        for name, mean in means.items()
+    }
+    return averages, moves

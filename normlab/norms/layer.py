@@ -8,18 +8,21 @@ Departure: the paper has a gain and bias per element. Here they are per channel 
 as is usual for images; `elementwise=True` gives the paper's.
 """
 
-from typing import ClassVar
-
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.examples import example_axes, known_moments
-from normlab.norms.functional import expand_mask, finite_where_masked, normalize
-from normlab.norms.parameters import Initializer, output_dtype, scale_and_bias
+from normlab.norms.examples import (
+    check_axes,
+    normalize_groups,
+    prepare,
+    standardize_channels,
+)
+from normlab.norms.functional import affine
+from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Normalizer):
     """Normalizes each example (or position) over its own features. No state."""
 
     axes: str = "all"  # statistics over: all (H, W, C of an example) or channel (last axis)
@@ -32,19 +35,20 @@ class LayerNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
 
-    stateful: ClassVar[bool] = False
-
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
 
-        An example with nothing unmasked passes with mean 0 and variance 1.
+        An example with nothing unmasked is normalized by its own values; over `channel` a mask
+        makes no difference, since positions share nothing.
         """
-        axes = example_axes(x.ndim, self.axes)
-        shape = tuple(x.shape[axis] for axis in axes) if self.elementwise else x.shape[-1:]
+        check_axes(self.axes)
+        over_all = self.axes == "all" and x.ndim > 2
+        shape = x.shape[1:] if self.elementwise and over_all else x.shape[-1:]
         scale, bias = scale_and_bias(self, shape)
-        mask = expand_mask(mask, x.ndim)
-        x = finite_where_masked(x, mask)
-        stats = known_moments(x, axes, mask)
-        y = normalize(x, stats.mean, stats.var, self.epsilon, scale, bias)
+        x, mask = prepare(x, mask)
+        if over_all:
+            y = normalize_groups(x, 1, mask, self.epsilon, scale, bias)
+        else:
+            y = affine(standardize_channels(x, self.epsilon, center=True), scale, bias)
         return y.astype(output_dtype(self, x))

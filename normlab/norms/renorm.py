@@ -21,21 +21,30 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.functional import Moments, affine, ema, expand_mask, finite_where_masked
+from normlab.norms.functional import (
+    Moments,
+    affine,
+    expand_mask,
+    finite_where_masked,
+    normalize,
+    rough_mean,
+    statistics_dtype,
+)
 from normlab.norms.groups import (
-    average_over_groups,
+    group_axes,
     group_moments,
     grouping_of,
+    moving_averages,
     sow_moments,
     split,
 )
-from normlab.norms.parameters import Initializer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
-class BatchRenorm(nn.Module):
+class BatchRenorm(Normalizer):
     """Batch normalization corrected towards the running statistics, in training too.
 
-    State: `mean`, `sigma` [C] float32 and `step`, int32, the number of updates.
+    State: `mean`, `sigma` [C], float32 at least, and `step`, int32, the number of updates.
     """
 
     momentum: float = 0.9  # weight of the old value in the running averages
@@ -62,47 +71,51 @@ class BatchRenorm(nn.Module):
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
 
-        A group of nothing unmasked is normalized by the running statistics and changes no state, nor
-        does a statistic that is not finite. Raises ValueError for a scope that does not fit.
+        A group of nothing unmasked is normalized by the running statistics and changes no state. A
+        statistic that is not finite leaves the whole state as it was. Raises ValueError for a scope
+        that does not fit the batch.
         """
         channels = x.shape[-1]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
-        sigma = self.variable("batch_stats", "sigma", jnp.ones, (channels,), jnp.float32)
+        state_dtype = statistics_dtype(self.param_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), state_dtype)
+        sigma = self.variable("batch_stats", "sigma", jnp.ones, (channels,), state_dtype)
         step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
         scale, bias = scale_and_bias(self, (channels,))
         dtype = output_dtype(self, x)
         if not train:
-            x_hat = (x - mean.value) / sigma.value
-            return affine(x_hat, scale, bias).astype(dtype)
+            return normalize(x, mean.value, 1 / sigma.value, scale, bias).astype(dtype)
 
-        mask = expand_mask(mask, x.ndim)
+        mask = expand_mask(mask, x.shape)
         x = finite_where_masked(x, mask)
         grouping = grouping_of(self, x.shape[0])
-        groups = group_moments(x, mask, grouping)
-        group_sigma = jnp.sqrt(groups.var + self.epsilon)
-
+        values = split(x, grouping.num_groups)
+        mask = None if mask is None else split(mask, grouping.num_groups)
+        shift = rough_mean(values, group_axes(values), mask)
+        groups, local = group_moments(values, mask, shift, grouping)
+        batch = self.state_from_moments(groups)
+        group_mean, group_sigma = batch["mean"], batch["sigma"]
+        if mask is not None:  # an empty group gets r = 1 and d = 0
+            group_mean = jnp.where(groups.count > 0, group_mean, mean.value)
+            group_sigma = jnp.where(groups.count > 0, group_sigma, sigma.value)
         r_max, d_max = self.limits(step.value)
         r = jnp.clip(group_sigma / sigma.value, 1 / r_max, r_max)
-        d = jnp.clip((groups.mean - mean.value) / sigma.value, -d_max, d_max)
+        d = jnp.clip((group_mean - mean.value) / sigma.value, -d_max, d_max)
         r, d = jax.lax.stop_gradient((r, d))
-        center, gain = groups.mean, r / group_sigma
-        if mask is not None:
-            empty = groups.count == 0
-            center = jnp.where(empty, mean.value, center)
-            gain = jnp.where(empty, 1 / sigma.value, gain)
-            d = jnp.where(empty, 0, d)
-        y = (split(x, grouping.num_groups) - center) * gain + d
+        offset = affine(d, scale, bias)
+        y = normalize(values, group_mean, r / group_sigma, scale, offset, shift)
 
         if not self.is_initializing():
-            sow_moments(self, groups, grouping)
-            valid = (groups.count > 0) & jnp.isfinite(groups.mean) & jnp.isfinite(group_sigma)
-            updated = jnp.zeros((), bool)
-            for state, values in ((mean, groups.mean), (sigma, group_sigma)):
-                new, seen = average_over_groups(values, valid, grouping)
-                state.value = jnp.where(seen, ema(state.value, new, self.momentum), state.value)
-                updated |= jnp.any(seen)
-            step.value = step.value + updated.astype(jnp.int32)
-        return affine(y.reshape(x.shape), scale, bias).astype(dtype)
+            sow_moments(self, local, grouping)
+            averages, moved = moving_averages(
+                {"mean": mean.value, "sigma": sigma.value},
+                batch,
+                groups.count,
+                self.momentum,
+                grouping,
+            )
+            mean.value, sigma.value = averages["mean"], averages["sigma"]
+            step.value = step.value + moved.astype(jnp.int32)
+        return y.reshape(x.shape).astype(dtype)
 
     def limits(self, step: Array | int) -> tuple[Array, Array]:
         """Returns (r_max, d_max) after `step` updates: 1 and 0 at first, then linear ramps."""
@@ -116,6 +129,7 @@ class BatchRenorm(nn.Module):
 
 
 def _ramp(step: Array | int, start: int, end: int) -> Array:
-    """Returns 0 up to `start`, 1 from `end`, linear between."""
-    progress = (jnp.asarray(step, jnp.float32) - start) / max(end - start, 1)
-    return jnp.clip(progress, 0.0, 1.0)
+    """Returns 0 before `start`, 1 from `end`, linear between."""
+    if end <= start:
+        return jnp.asarray(step >= start, jnp.float32)
+    return jnp.clip((jnp.asarray(step, jnp.float32) - start) / (end - start), 0.0, 1.0)

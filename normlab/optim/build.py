@@ -67,7 +67,9 @@ def build_direction(config: ConfigDict) -> optax.GradientTransformation:
             optim.weight_decay, mask=lambda params: role_mask(params, optim.decay_roles)
         )
     if optim.kind == "sgd":
-        momentum = optax.trace(optim.momentum, optim.nesterov) if optim.momentum else optax.identity()
+        momentum = (
+            optax.trace(optim.momentum, optim.nesterov) if optim.momentum else optax.identity()
+        )
         return optax.chain(clipping, decay, momentum)
     moments = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
     if optim.kind == "adam":

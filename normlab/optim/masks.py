@@ -10,7 +10,7 @@ from typing import Any
 from normlab.errors import unknown
 
 ROLES = ("kernel", "bias", "norm_scale", "norm_bias", "norm_extra")
-"""Of a linear layer: kernel, bias. Of a normalizer: norm_scale, norm_bias, norm_extra (the rest)."""
+"""Linear layers have kernel and bias; normalizers norm_scale, norm_bias, norm_extra (the rest)."""
 
 
 def roles(params: Mapping[str, Any]) -> dict[str, Any]:

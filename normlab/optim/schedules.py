@@ -27,7 +27,8 @@ def peak_learning_rate(config: ConfigDict) -> float:
         return optim.base_lr
     if optim.reference_batch_size < 1:
         raise UserError(
-            f"config field 'optim.reference_batch_size' = {optim.reference_batch_size} must be 1 or more"
+            f"config field 'optim.reference_batch_size' = {optim.reference_batch_size} "
+            "must be 1 or more"
         )
     return optim.base_lr * config.train.batch_size / optim.reference_batch_size
 

@@ -1,1 +1,1 @@
-"""Training and evaluation of one run. Imported for its modules; `normlab.train` is the front door."""
+"""Training and evaluation of one run; `normlab.train` is the front door."""

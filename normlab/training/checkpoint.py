@@ -63,7 +63,8 @@ def latest(
 ) -> tuple[int, Any, dict[str, Any]] | None:
     """Returns (step, state, manifest) of the newest good checkpoint; None if there is none.
 
-    `like` gives the tree, shapes and dtypes. A bad checkpoint is named in a warning and passed over.
+    `like` gives the tree, shapes and dtypes. A bad checkpoint is named in a warning and passed
+    over.
     """
     for step in reversed(steps(folder)):
         try:
@@ -89,7 +90,9 @@ def load(
     found = _digests(path / "state")
     for name in sorted(found.keys() | manifest.get("files", {}).keys()):
         if found.get(name) != manifest.get("files", {}).get(name):
-            raise UserError(f"checkpoint {path} is damaged: {name} is not the file that was written")
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} is not the file that was written"
+            )
     for key, value in (facts or {}).items():
         if manifest.get(key) != value:
             raise UserError(f"checkpoint {path} is of another run: {key} is {manifest.get(key)!r}")
@@ -117,9 +120,7 @@ def keep_newest(folder: Path, count: int | None) -> None:
 def _form(tree: Any) -> dict[str, str]:
     """Returns {place in the tree: dtype and shape} of every array."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _digests(folder: Path) -> dict[str, str]:

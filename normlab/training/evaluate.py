@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax import Array
 from jax.sharding import Mesh
 
-from normlab.data import DatasetInfo, eval_indices, fetch
+from normlab.data import DatasetInfo, Examples, eval_indices, fetch
 from normlab.norms.functional import Moments, merge_moments
 from normlab.training.parallel import Compiler, shard_rows
 from normlab.training.setup import Parts
@@ -30,7 +30,6 @@ from normlab.training.step import cross_entropy
 SHUFFLE_SEED = 0  # of the one fixed order in which batch statistics are evaluated
 
 Variables = dict[str, Any]
-Examples = tuple[Array, Array]  # images uint8 [N, H, W, C], labels int32 [N]
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # (indices int32 [B], mask bool [B])
 
 
@@ -53,7 +52,8 @@ class Evaluator:
 
         def measure(variables: Variables, data: Examples, rows: Array, mask: Array) -> Any:
             images, labels = self._fetch(data, rows)
-            return _count(self.model.apply(variables, images, train=False), labels, mask)
+            logits: Any = self.model.apply(variables, images, train=False)
+            return _count(logits, labels, mask)
 
         batches = self._batches(len(examples[1]), batch_size)
         return self._total("evaluate_running", measure, variables, examples, batches)
@@ -83,14 +83,16 @@ class Evaluator:
         """Returns the variables with the statistics of one exact pass over `examples`.
 
         The weights stand still, each batch is normalized by its own statistics as in training, and
-        counters are kept. `norm` is the model's normalizer (a module), which knows what its state is
-        for given moments.
+        counters are kept. `norm` is the model's normalizer (a module), which knows what its state
+        is for given moments.
         """
 
         def gather(variables: Variables, data: Examples, rows: Array, mask: Array) -> Any:
             images, _ = self._fetch(data, rows)
             collections = ["batch_stats", "batch_moments"]
-            _, sown = self.model.apply(variables, images, train=True, mask=mask, mutable=collections)
+            _, sown = self.model.apply(
+                variables, images, train=True, mask=mask, mutable=collections
+            )
             return sown["batch_moments"]
 
         def add(total: Any, moments: Any) -> Any:
@@ -100,8 +102,10 @@ class Evaluator:
         for rows, mask in self._training_batches(len(examples[1]), batch_size):
             arguments = (variables, examples, jnp.asarray(rows), jnp.asarray(mask))
             moments = self.compiler("recompute", gather, *arguments)(*arguments)
-            total = moments if total is None else self.compiler("add", add, total, moments)(
-                total, moments
+            total = (
+                moments
+                if total is None
+                else self.compiler("add", add, total, moments)(total, moments)
             )
         stats = traverse_util.flatten_dict(variables["batch_stats"])
         for (*path, _), moments in traverse_util.flatten_dict(total).items():
@@ -133,7 +137,7 @@ class Evaluator:
         return metrics
 
     def _fetch(self, data: Examples, rows: Array) -> tuple[Array, Array]:
-        images, labels = fetch(*data, shard_rows(rows, self.mesh), self.info)
+        images, labels = fetch(data, shard_rows(rows, self.mesh), self.info)
         return shard_rows(images, self.mesh), labels
 
     def _batches(self, count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -43,10 +42,11 @@ def train(
 ) -> dict[str, Any]:
     """Trains the run of `config` in the folder `workdir`, resuming what is there.
 
-    Returns the final metrics, as in result.json: `test_accuracy`, `test_loss`, ..., `status` ("done"
-    or "diverged"), `steps`, `seconds`, `compile_seconds`, `examples_per_second`, `num_params`.
-    `overrides` are noted in the manifest. Raises UserError before anything is compiled or written if
-    the config or the folder is wrong, and Interrupted after a SIGINT or SIGTERM.
+    Returns the final metrics, as in result.json: `test_accuracy`, `test_loss`, ..., `status`
+    ("done" or "diverged"), `steps`, `seconds`, `compile_seconds`, `examples_per_second`,
+    `num_params`. `overrides` are noted in the manifest. Raises UserError before anything is
+    compiled or written if the config or the folder is wrong, and Interrupted after a SIGINT or
+    SIGTERM.
     """
     folder = Path(workdir)
     parts = build_parts(config)
@@ -87,7 +87,8 @@ class _Run:
         note_groups(parts)
         self.facts = {"run": id_of(config), "seed": config.seed, "data": data.fingerprint}
         resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
-        self.step, manifest = 0, {}
+        self.step = 0
+        manifest: dict[str, Any] = {}
         if resumed:
             self.step, state, manifest = resumed
             _LOG.info("resumed at step %d", self.step)
@@ -151,7 +152,7 @@ class _Run:
         config = self.parts.config
 
         def make_batch(seed: Array, step: Array, indices: Array) -> tuple[Array, Array]:
-            images, labels = fetch(*data, indices, self.parts.info)
+            images, labels = fetch(data, indices, self.parts.info)
             augmented = augment(
                 step_key(seed, step),
                 images,

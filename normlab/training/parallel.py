@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from normlab.errors import UserError
 
-State = TypeVar("State")
+State = TypeVar("State", bound=Any)
 
 ACCELERATOR_STEPS_PER_DISPATCH = 50
 
@@ -79,7 +79,7 @@ def enable_compilation_cache(config: ConfigDict) -> None:
     if chosen == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if chosen is None and jax.config.jax_compilation_cache_dir:
+    if chosen is None and jax.config.read("jax_compilation_cache_dir"):
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(chosen) if chosen else base / "normlab" / "jax"
@@ -97,7 +97,7 @@ class Compiler:
     def __call__(
         self, name: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
     ) -> Callable[..., Any]:
-        """Returns `function` compiled for arguments of these shapes; a second call returns it again.
+        """Returns `function` compiled for these arguments; a second call returns it again.
 
         `donate` names the arguments whose buffers the result may take over.
         """

@@ -67,9 +67,7 @@ def evaluate_run(
     are asked for that the run did not keep.
     """
     compiler = parallel.Compiler()
-    parts, step, state = restore(
-        folder, step, compiler, batch_size=batch_size, data_path=data_path
-    )
+    parts, step, state = restore(folder, step, compiler, batch_size=batch_size, data_path=data_path)
     parallel.enable_compilation_cache(parts.config)
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")

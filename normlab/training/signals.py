@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop: it finishes the step, saves, and leaves with 128 + signal."""
+"""SIGINT and SIGTERM ask a run to stop: it finishes its step, saves, and leaves with 128 + n."""
 
 import signal
 import threading

@@ -11,8 +11,7 @@ from normlab.training.parallel import Compiler, seed_array
 from normlab.training.setup import Parts
 
 
-@struct.dataclass
-class Totals:
+class Totals(struct.PyTreeNode):
     """Sums over the steps since the last line of training metrics; part of the state so that a
     resumed run writes the same line.
     """
@@ -35,8 +34,7 @@ class Totals:
         )
 
 
-@struct.dataclass
-class Health:
+class Health(struct.PyTreeNode):
     """The streak of steps with a non-finite value. `culprit` indexes `CULPRITS`; 0 means none."""
 
     streak: Array  # int32, such steps in a row up to now
@@ -58,8 +56,7 @@ class Health:
 CULPRITS = ("", "loss", "gradient", "batch_stats")
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """A pytree of arrays; `ema` is None unless `train.ema_decay` is set."""
 
     step: Array  # int32, steps taken

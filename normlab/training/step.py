@@ -96,7 +96,11 @@ def _average(ema: Any, new: Any, decay: float | None) -> Any:
 
 def _all_finite(tree: Any) -> Array:
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.array(True)
+    return (
+        jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+        if floats
+        else jnp.array(True)
+    )
 
 
 def _judge(health: Health, finite: Array, step: Array, limit: int) -> Health:

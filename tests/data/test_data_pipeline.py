@@ -79,7 +79,7 @@ def test_fetch_standardizes_by_channel() -> None:
     images = np.array([[[[0, 0], [0, 0]]], [[[255, 51], [0, 102]]]], np.uint8)
     labels = np.array([2, 1], np.int32)
     indices = jnp.array([1, 0, 1])
-    values, chosen = jax.jit(lambda *data: fetch(*data, info))(images, labels, indices)
+    values, chosen = jax.jit(lambda *data: fetch(*data, info))((images, labels), indices)
     # 255 is 1.0: (1 − 0.5) / 0.25 = 2. 51 is 0.2: 0. 0 is −2 in either channel. 102 is 0.4: 2.
     np.testing.assert_allclose(values[0], [[[2, 0], [-2, 2]]], atol=1e-6)
     np.testing.assert_allclose(values[1], [[[-2, -2], [-2, -2]]], atol=1e-6)

@@ -94,8 +94,14 @@ def test_a_diverged_run_exits_with_3(tmp_path):
 def test_compare_ends_with_the_table_and_the_paths(tmp_path):
     folder = tmp_path / "comparison"
     command = (
-        "compare", "configs/digits.py", "--norms=none,batch_norm", "--seeds=2",
-        "--setting=base:", "--setting=fast:optim.base_lr=0.5", f"--workdir={folder}", *TINY,
+        "compare",
+        "configs/digits.py",
+        "--norms=none,batch_norm",
+        "--seeds=2",
+        "--setting=base:",
+        "--setting=fast:optim.base_lr=0.5",
+        f"--workdir={folder}",
+        *TINY,
     )
     finished = normlab(*command)
     assert finished.returncode == 0, finished.stderr
@@ -149,8 +155,13 @@ CONFIG = "--config=configs/digits.py"
         (["train", CONFIG, "--workdir=x", "--config.data.name=digit"], "did you mean 'digits'?"),
         (["train", CONFIG, "--workdir=x", "--config.data.source=tar"], "unknown 'data.source'"),
         (
-            ["train", CONFIG, "--workdir=x", "--config.batch_stats.scope=ghost",
-             "--config.batch_stats.ghost_size=48"],
+            [
+                "train",
+                CONFIG,
+                "--workdir=x",
+                "--config.batch_stats.scope=ghost",
+                "--config.batch_stats.ghost_size=48",
+            ],
             "'batch_stats.ghost_size' = 48 does not divide the batch of 64; nearest: ",
         ),
         (["train", CONFIG, "--workdir=x", "--config.batch_stats.scope=gost"], "batch_stats.scope"),
@@ -158,12 +169,16 @@ CONFIG = "--config=configs/digits.py"
         (["train", f"{CONFIG}:model=lenet5", "--workdir=x"], "model 'lenet5' cannot take"),
         (["train", CONFIG, "--workdir=x", "--config.model.dtype=float99"], "float99"),
         (["train", "--config=configs/cifar10.py", "--workdir=x"], "data.path"),
-        (["train", "--config=configs/mnist.py", "--workdir=x", "--config.data.path=/nowhere"],
-         "'/nowhere'"),
+        (
+            ["train", "--config=configs/mnist.py", "--workdir=x", "--config.data.path=/nowhere"],
+            "'/nowhere'",
+        ),
         (["compare", "configs/digits.py", "--norms=none", "--workdir=x", "--seeds=0"], "--seeds=0"),
         (["compare", "configs/digits.py", "--norms=nonne", "--workdir=x"], "did you mean 'none'"),
-        (["compare", "configs/digits.py", "--norms=none", "--workdir=x", "--setting=a:b"],
-         "'b' is not field=value"),
+        (
+            ["compare", "configs/digits.py", "--norms=none", "--workdir=x", "--setting=a:b"],
+            "'b' is not field=value",
+        ),
         (["eval", "/nowhere"], "not a run folder"),
         (["report", "/nowhere"], "does not exist"),
         (["status", "/nowhere"], "does not exist"),
@@ -191,7 +206,9 @@ def test_a_truncated_archive_is_named(tmp_path):
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
         (folder / name).write_bytes(b"\0" * 1000)
     line = mistake(
-        "train", "--config=configs/cifar10.py", f"--config.data.path={folder}",
+        "train",
+        "--config=configs/cifar10.py",
+        f"--config.data.path={folder}",
         f"--workdir={tmp_path / 'run'}",
     )
     assert "data_batch_1.bin" in line

@@ -75,7 +75,9 @@ def test_lenet5_with_batch_norm_has_44878_parameters():
     # dense 120·84 + 84, norm 168, head 850.
     by_hand = 156 + 12 + 2416 + 32 + 30_840 + 240 + 10_164 + 168 + 850
     assert by_hand == 44_878
-    assert count_params(shapes_of(config_of("lenet5", data="mnist"), (28, 28, 1))["params"]) == by_hand
+    assert (
+        count_params(shapes_of(config_of("lenet5", data="mnist"), (28, 28, 1))["params"]) == by_hand
+    )
 
 
 def test_mlp_of_three_hundred_sigmoids():
@@ -87,9 +89,7 @@ def test_mlp_of_three_hundred_sigmoids():
 
 def test_projection_shortcuts_add_parameters_and_padding_shortcuts_none():
     a = count_params(shapes_of(config_of("resnet20"), (32, 32, 3))["params"])
-    b = count_params(
-        shapes_of(config_of("resnet20", model__shortcut="B"), (32, 32, 3))["params"]
-    )
+    b = count_params(shapes_of(config_of("resnet20", model__shortcut="B"), (32, 32, 3))["params"])
     assert b - a == 16 * 32 + 64 + 32 * 64 + 128  # two 1×1 convolutions and their norms
     with pytest.raises(UserError, match=r"model\.shortcut.*'C'"):
         shapes_of(config_of("resnet20", model__shortcut="C"), (32, 32, 3))
@@ -175,7 +175,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_statisti
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     variables = net.init(jax.random.key(1), x, train=False)
     logits, updated = net.apply(
-        variables, x, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=True
+        variables,
+        x,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
     )
     block = updated["intermediates"]["stage1_block1"]["conv1"]["__call__"][0]
     assert block.dtype == jnp.bfloat16

@@ -30,11 +30,15 @@ def test_constant():
 
 def test_cosine_goes_through_one_half_to_zero():
     # (1 + cos(π t/100)) / 2 at t = 0, 50, 100: 1, 1/2, 0.
-    np.testing.assert_allclose(rates([0, 50, 100], optim__schedule="cosine"), [1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        rates([0, 50, 100], optim__schedule="cosine"), [1, 0.5, 0], atol=1e-6
+    )
 
 
 def test_linear():
-    np.testing.assert_allclose(rates([0, 25, 100], optim__schedule="linear"), [1, 0.75, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        rates([0, 25, 100], optim__schedule="linear"), [1, 0.75, 0], atol=1e-6
+    )
 
 
 def test_piecewise_divides_at_each_milestone():

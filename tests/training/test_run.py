@@ -333,9 +333,11 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_two_processes_do_not_write_one_folder(tmp_path):
     with run.locked(tmp_path):
         assert run.is_locked(tmp_path)
-        with pytest.raises(UserError, match="being written by another process"):
-            with run.locked(tmp_path):
-                pass
+        with (
+            pytest.raises(UserError, match="being written by another process"),
+            run.locked(tmp_path),
+        ):
+            pass
     assert not run.is_locked(tmp_path)
 
 

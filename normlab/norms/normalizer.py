@@ -1,6 +1,7 @@
-"""What all normalizers share: how `scale`, `bias` and dtypes are declared."""
+"""What all normalizers share: the contract, and how `scale`, `bias` and dtypes are declared."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from flax import linen as nn
 from jax import Array
@@ -9,9 +10,18 @@ from jax.typing import DTypeLike
 Initializer = Callable[..., Array]
 
 
-def scale_and_bias(
-    module: nn.Module, shape: tuple[int, ...]
-) -> tuple[Array | None, Array | None]:
+class Normalizer(nn.Module):
+    """Base of all normalizers, called as `norm(x, train=..., mask=None)`: x [N, ..., C] -> same.
+
+    `mask` [N] or [N, ...] is true where a value counts; a masked value touches no statistic. State
+    lives in the collection `batch_stats` and nowhere else. A stateful one has
+    `state_from_moments(moments)`, the state that stands for population moments [C].
+    """
+
+    stateful: ClassVar[bool] = False
+
+
+def scale_and_bias(module: nn.Module, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:
     """Declares the parameters `scale` and `bias` of a module that has the common fields.
 
     Returns None for one that the module does without. Call it inside a compact method.
