@@ -79,7 +79,7 @@ def enable_compilation_cache(config: ConfigDict) -> None:
     if chosen == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if chosen is None and jax.config.read("jax_compilation_cache_dir"):
+    if chosen is None and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(chosen) if chosen else base / "normlab" / "jax"
