@@ -1,4 +1,4 @@
-"""The convolution's written-out filter gradient against XLA's own."""
+"""The convolution's split filter gradient against the derivative of the plain convolution."""
 
 import jax
 import jax.numpy as jnp
@@ -6,68 +6,95 @@ import numpy as np
 import pytest
 from jax import lax
 
-from normlab.models.conv import conv_with_matmul_gradient, filter_gradient
+from normlab.models import conv
+from normlab.models.conv import StandardConv, conv_with_split_gradient, num_pieces
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-def xla(x, kernel, strides, padding):
+def plain(x, kernel, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
 
 
+def split(x, kernel, strides, padding):
+    return conv_with_split_gradient(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Pieces of two examples of 6×6×3 float64, so that small batches are split."""
+    monkeypatch.setattr(conv, "_PIECE_BYTES", 2 * 6 * 6 * 3 * 8)
+
+
+def values(image=(6, 6), side=3, batch=8):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, *image, 3), jnp.float64)
+    kernel = jax.random.normal(keys[1], (side, side, 3, 4), jnp.float64)
+    return x, kernel
+
+
 def test_the_filter_gradient_of_one_pixel_by_hand():
-    # One pixel 2 with output gradient 3: only the centre tap meets it, 2·3 = 6.
-    x, g = jnp.full((1, 1, 1, 1), 2.0), jnp.full((1, 1, 1, 1), 3.0)
-    gradient = filter_gradient(x, g, (3, 3, 1, 1), ((1, 1), ((1, 1), (1, 1))))
+    # Pixels 2 and 5, in two pieces, with output gradients 3 and 1: only the centre tap meets
+    # them, 2·3 + 5·1 = 11.
+    x = jnp.asarray([2.0, 5.0]).reshape(2, 1, 1, 1)
+    g = jnp.asarray([3.0, 1.0]).reshape(2, 1, 1, 1)
+    padding = ((1, 1), (1, 1))
+    _, back = jax.vjp(lambda k: split(x, k, (1, 1), padding), jnp.zeros((3, 3, 1, 1)))
     expected = np.zeros((3, 3))
-    expected[1, 1] = 6.0
-    np.testing.assert_array_equal(gradient[:, :, 0, 0], expected)
+    expected[1, 1] = 11.0
+    np.testing.assert_array_equal(back(g)[0][:, :, 0, 0], expected)
 
 
-@pytest.mark.parametrize("size", [(3, 1), (1, 0), (3, 0), (2, 1)], ids=str)
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("image", [(6, 6), (7, 5)], ids=str)
-def test_it_equals_xlas(size, strides, image):
+@pytest.mark.parametrize("size", [(3, 1), (1, 0), (7, 3)], ids=str)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)], ids=str)
+def test_it_equals_xlas_forward_and_backward(size, strides):
     side, pad = size
     padding = ((pad, pad), (pad, pad))
     with jax.enable_x64(True):
-        keys = jax.random.split(jax.random.key(0), 3)
-        x = jax.random.normal(keys[0], (2, *image, 3), jnp.float64)
-        kernel = jax.random.normal(keys[1], (side, side, 3, 4), jnp.float64)
+        x, kernel = values(side=side)
+        assert num_pieces(x) == 4
 
         def loss(conv, x, kernel):
             y = conv(x, kernel, strides, padding)
             return jnp.sum(jnp.sin(y) * jnp.arange(y.size).reshape(y.shape))
 
-        ours = jax.jit(jax.grad(lambda *a: loss(conv_with_matmul_gradient, *a), (0, 1)))(x, kernel)
-        theirs = jax.grad(lambda *a: loss(xla, *a), (0, 1))(x, kernel)
-        for mine, its in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(mine, its, rtol=1e-10, atol=1e-10)
+        for transform in (jax.grad, jax.jacfwd):
+            expected = transform(lambda *args: loss(plain, *args), (0, 1))(x, kernel)
+            found = transform(lambda *args: loss(split, *args), (0, 1))(x, kernel)
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+            assert not jnp.allclose(expected[1], jnp.zeros_like(expected[1]))
 
 
-def test_bfloat16_gradients_are_summed_in_float32():
-    x = jnp.ones((4, 32, 32, 1), jnp.bfloat16)
-    g = jnp.ones((4, 32, 32, 1), jnp.bfloat16)
-    gradient = filter_gradient(x, g, (1, 1, 1, 1), ((1, 1), ((0, 0), (0, 0))))
-    # 4,096 ones: a bfloat16 sum would stop at 256.
-    assert float(gradient[0, 0, 0, 0]) == 4096.0
+def test_second_derivatives_and_vmap_go_through():
+    with jax.enable_x64(True):
+        x, kernel = values(batch=4)
+
+        def loss(conv, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, (1, 1), ((1, 1), (1, 1)))))
+
+        def curvature(conv):
+            gradient = jax.grad(lambda kernel: loss(conv, kernel))
+            return jax.jvp(gradient, (kernel,), (kernel,))[1]
+
+        np.testing.assert_allclose(curvature(split), curvature(plain), rtol=1e-9)
+        stacked = jnp.stack([kernel, 2 * kernel])
+        np.testing.assert_allclose(
+            jax.vmap(jax.grad(lambda kernel: loss(split, kernel)))(stacked),
+            jax.vmap(jax.grad(lambda kernel: loss(plain, kernel)))(stacked),
+            rtol=1e-9,
+        )
 
 
 @pytest.mark.parametrize(
-    "other", [{"rhs_dilation": (2, 2)}, {"feature_group_count": 3}, {"padding": "SAME"}], ids=str
+    ("batch", "pieces"),
+    [(8, 4), (6, 2), (7, 1), (1, 1), (64, 16)],  # a power of two that divides, 16 at most
 )
-def test_what_it_does_not_cover_is_left_to_xla(other):
-    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
-    groups = other.get("feature_group_count", 1)
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3 // groups, 3))
-    arguments = {"padding": ((1, 1), (1, 1)), **other}
-    padding = arguments.pop("padding")
+def test_pieces_divide_the_batch(batch, pieces):
+    assert num_pieces(jnp.zeros((batch, 6, 6, 6), jnp.float32)) == pieces
 
-    def loss(conv):
-        return jax.grad(
-            lambda k: jnp.sum(
-                conv(x, k, (1, 1), padding, dimension_numbers=DIMENSIONS, **arguments) ** 2
-            )
-        )(kernel)
 
-    np.testing.assert_array_equal(loss(conv_with_matmul_gradient), loss(lax.conv_general_dilated))
+@pytest.mark.parametrize("choice", ["whole", "split"])
+def test_the_choice_is_a_field(choice):
+    found = StandardConv(filter_gradient=choice)._function()
+    assert (found is conv_with_split_gradient) == (choice == "split")

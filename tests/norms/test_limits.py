@@ -1,4 +1,4 @@
-"""Limiting cases: where one normalizer becomes another, and beside each a case where it does not."""
+"""Limiting cases: where one normalizer becomes another, and beside each where it does not."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,8 @@ def test_group_normalization_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("wish", "channels", "settled"), [(32, 64, 32), (32, 16, 16), (32, 24, 24), (4, 6, 3), (5, 7, 1)]
+    ("wish", "channels", "settled"),
+    [(32, 64, 32), (32, 16, 16), (32, 24, 24), (4, 6, 3), (5, 7, 1)],
 )
 def test_a_grouping_that_does_not_divide_is_settled_at_the_largest_divisor(wish, channels, settled):
     module = GroupNorm(num_groups=wish, strict=False)
@@ -317,9 +318,7 @@ def test_renormalization_by_hand():
 
 def test_the_corrections_are_clipped():
     # As above with r_max 1.5, d_max 2: x̂ = (x − 4)/2·1.5 + 2.
-    module = BatchRenorm(
-        **FULL, r_max=1.5, d_max=2.0, epsilon=0.0, use_scale=False, use_bias=False
-    )
+    module = BatchRenorm(**FULL, r_max=1.5, d_max=2.0, epsilon=0.0, use_scale=False, use_bias=False)
     state = {"mean": jnp.asarray([1.0]), "sigma": jnp.asarray([1.0]), "step": jnp.int32(0)}
     y, _ = apply(module, jnp.asarray([[2.0], [6.0]]), variables={"batch_stats": state})
     np.testing.assert_allclose(y[:, 0], [0.5, 3.5])
