@@ -18,23 +18,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.functional import (
-    Moments,
-    expand_mask,
-    finite_where_masked,
-    normalize,
-    rough_mean,
-    statistics_dtype,
-    unbiased,
-)
-from normlab.norms.groups import (
-    group_axes,
-    group_moments,
-    grouping_of,
-    moving_averages,
-    sow_moments,
-    split,
-)
+from normlab.norms.functional import Moments, normalize, statistics_dtype, unbiased
+from normlab.norms.groups import group_batch, moving_averages, sow_moments
 from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
@@ -82,29 +67,17 @@ class BatchNorm(Normalizer):
             inverse_std = jax.lax.rsqrt(var.value + self.epsilon)
             return normalize(x, mean.value, inverse_std, scale, bias).astype(dtype)
 
-        mask = expand_mask(mask, x.shape)
-        x = finite_where_masked(x, mask)
-        grouping = grouping_of(self, x.shape[0])
-        values = split(x, grouping.num_groups)
-        mask = None if mask is None else split(mask, grouping.num_groups)
-        shift = rough_mean(values, group_axes(values), mask)
-        groups, local = group_moments(values, mask, shift, grouping)
-        group_mean, group_var = groups.mean, groups.var
-        if mask is not None:
-            group_mean = jnp.where(groups.count > 0, group_mean, mean.value)
-            group_var = jnp.where(groups.count > 0, group_var, var.value)
+        batch = group_batch(self, x, mask)
+        group_mean = batch.unless_empty(batch.moments.mean, mean.value)
+        group_var = batch.unless_empty(batch.moments.var, var.value)
         inverse_std = jax.lax.rsqrt(group_var + self.epsilon)
-        y = normalize(values, group_mean, inverse_std, scale, bias, shift)
+        y = normalize(batch.values, group_mean, inverse_std, scale, bias, batch.shift)
 
         if not self.is_initializing():
-            sow_moments(self, local, grouping)
-            averages, _ = moving_averages(
-                {"mean": mean.value, "var": var.value},
-                self.state_from_moments(groups),
-                groups.count,
-                self.momentum,
-                grouping,
-            )
+            sow_moments(self, batch)
+            old = {"mean": mean.value, "var": var.value}
+            new = self.state_from_moments(batch.moments)
+            averages, _ = moving_averages(old, new, batch, self.momentum)
             mean.value, var.value = averages["mean"], averages["var"]
         return y.reshape(x.shape).astype(dtype)
 

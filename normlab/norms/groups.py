@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from normlab.norms.functional import Moments, ema, moments, pool_moments, psum_moments
+from normlab.norms.functional import (
+    Moments,
+    ema,
+    expand_mask,
+    finite_where_masked,
+    moments,
+    pool_moments,
+    psum_moments,
+    rough_mean,
+)
 
 SCOPES = ("global", "device", "ghost")
 
@@ -98,32 +107,45 @@ def split(x: Array, num_groups: int) -> Array:
     return x.reshape(num_groups, x.shape[0] // num_groups, *x.shape[1:])
 
 
-def group_axes(x: Array) -> tuple[int, ...]:
-    """Returns the axes of a batch split into groups, [G, N/G, ..., C], that share a statistic."""
-    return tuple(range(1, x.ndim - 1))
+@dataclasses.dataclass(frozen=True)
+class GroupedBatch:
+    """A batch split into groups, and each group's moments per channel, [G, 1, ..., 1, C]."""
+
+    values: Array  # [G, N/G, ..., C]
+    shift: Array  # a constant near each group's mean: see `functional`
+    moments: Moments
+    local: Moments  # this device's part of the moments
+    grouping: Grouping
+    masked: bool  # values may be masked, so groups may be empty
+
+    def unless_empty(self, statistic: Array, running: Array) -> Array:
+        """Returns a group's own statistic, or the running one [C] for a group of nothing."""
+        return jnp.where(self.moments.count > 0, statistic, running) if self.masked else statistic
 
 
-def group_moments(
-    x: Array, mask: Array | None, shift: Array, grouping: Grouping
-) -> tuple[Moments, Moments]:
-    """Returns (each group's moments, this device's part of them), per channel: [G, 1, ..., 1, C].
+def group_batch(module: nn.Module, x: Array, mask: Array | None) -> GroupedBatch:
+    """Returns x [N, ..., C] in the groups that a module's scope fields ask for."""
+    mask = expand_mask(mask, x.shape)
+    grouping = grouping_of(module, x.shape[0])
+    values = split(finite_where_masked(x, mask), grouping.num_groups)
+    axes = tuple(range(1, values.ndim - 1))
+    if mask is not None:
+        mask = split(mask, grouping.num_groups)
+    shift = rough_mean(values, axes, mask)
+    local = together = moments(values, axes, mask, shift)
+    if grouping.pooled:
+        assert grouping.axis_name is not None
+        together = psum_moments(local, grouping.axis_name, grouping.index_groups)
+    return GroupedBatch(values, shift, together, local, grouping, mask is not None)
 
-    `x`: [G, N/G, ..., C]; `mask`: the same rank; `shift`: a constant near each group's mean.
-    """
-    local = moments(x, group_axes(x), mask, shift)
-    if not grouping.pooled:
-        return local, local
-    assert grouping.axis_name is not None
-    return psum_moments(local, grouping.axis_name, grouping.index_groups), local
 
-
-def sow_moments(module: nn.Module, local: Moments, grouping: Grouping) -> None:
+def sow_moments(module: nn.Module, batch: GroupedBatch) -> None:
     """Leaves the moments [C] of the whole batch in the collection `batch_moments`, if asked for."""
     if not module.is_mutable_collection("batch_moments"):
         return
-    total = pool_moments(local, tuple(range(local.mean.ndim - 1)))
-    if grouping.axis_name is not None:
-        total = psum_moments(total, grouping.axis_name)
+    total = pool_moments(batch.local, tuple(range(batch.local.mean.ndim - 1)))
+    if batch.grouping.axis_name is not None:
+        total = psum_moments(total, batch.grouping.axis_name)
     total = jax.tree.map(lambda part: part.reshape(-1), total)
     module.sow("batch_moments", "moments", total, reduce_fn=lambda _, new: new)
 
@@ -131,16 +153,16 @@ def sow_moments(module: nn.Module, local: Moments, grouping: Grouping) -> None:
 def moving_averages(
     old: dict[str, Array],
     new: dict[str, Array],
-    count: Array,
+    batch: GroupedBatch,
     momentum: float,
-    grouping: Grouping,
 ) -> tuple[dict[str, Array], Array]:
     """Returns the running statistics after a batch, and whether they moved (boolean []).
 
-    `old`: [C]; `new`, `count`: [G, 1, ..., 1, C]. The groups that have values enter with equal
-    weight. Nothing moves if there is none, or if any of their statistics is not finite: one
-    overflow in one batch would otherwise poison an average for good.
+    `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C]. The groups that have values enter
+    with equal weight. Nothing moves if there is none, or if any of their statistics is not finite:
+    one overflow in one batch would otherwise poison an average for good.
     """
+    count, grouping = batch.moments.count, batch.grouping
     axes = tuple(range(count.ndim - 1))
 
     def total(per_group: Array) -> Array:

@@ -21,23 +21,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.functional import (
-    Moments,
-    affine,
-    expand_mask,
-    finite_where_masked,
-    normalize,
-    rough_mean,
-    statistics_dtype,
-)
-from normlab.norms.groups import (
-    group_axes,
-    group_moments,
-    grouping_of,
-    moving_averages,
-    sow_moments,
-    split,
-)
+from normlab.norms.functional import Moments, affine, normalize, statistics_dtype
+from normlab.norms.groups import group_batch, moving_averages, sow_moments
 from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
@@ -85,34 +70,22 @@ class BatchRenorm(Normalizer):
         if not train:
             return normalize(x, mean.value, 1 / sigma.value, scale, bias).astype(dtype)
 
-        mask = expand_mask(mask, x.shape)
-        x = finite_where_masked(x, mask)
-        grouping = grouping_of(self, x.shape[0])
-        values = split(x, grouping.num_groups)
-        mask = None if mask is None else split(mask, grouping.num_groups)
-        shift = rough_mean(values, group_axes(values), mask)
-        groups, local = group_moments(values, mask, shift, grouping)
-        batch = self.state_from_moments(groups)
-        group_mean, group_sigma = batch["mean"], batch["sigma"]
-        if mask is not None:  # an empty group gets r = 1 and d = 0
-            group_mean = jnp.where(groups.count > 0, group_mean, mean.value)
-            group_sigma = jnp.where(groups.count > 0, group_sigma, sigma.value)
+        batch = group_batch(self, x, mask)
+        new = self.state_from_moments(batch.moments)
+        # An empty group has r = 1 and d = 0.
+        group_mean = batch.unless_empty(new["mean"], mean.value)
+        group_sigma = batch.unless_empty(new["sigma"], sigma.value)
         r_max, d_max = self.limits(step.value)
         r = jnp.clip(group_sigma / sigma.value, 1 / r_max, r_max)
         d = jnp.clip((group_mean - mean.value) / sigma.value, -d_max, d_max)
         r, d = jax.lax.stop_gradient((r, d))
         offset = affine(d, scale, bias)
-        y = normalize(values, group_mean, r / group_sigma, scale, offset, shift)
+        y = normalize(batch.values, group_mean, r / group_sigma, scale, offset, batch.shift)
 
         if not self.is_initializing():
-            sow_moments(self, local, grouping)
-            averages, moved = moving_averages(
-                {"mean": mean.value, "sigma": sigma.value},
-                batch,
-                groups.count,
-                self.momentum,
-                grouping,
-            )
+            sow_moments(self, batch)
+            old = {"mean": mean.value, "sigma": sigma.value}
+            averages, moved = moving_averages(old, new, batch, self.momentum)
             mean.value, sigma.value = averages["mean"], averages["sigma"]
             step.value = step.value + moved.astype(jnp.int32)
         return y.reshape(x.shape).astype(dtype)

@@ -1,1 +1,0 @@
-"""Probes of trained and untrained networks."""
