@@ -40,7 +40,7 @@ def _run(task: Mapping[str, Any], replies: IO[str]) -> dict[str, Any]:
     from normlab.training.loop import train
     from normlab.training.signals import Interrupted
 
-    def progress(step: int, num_steps: int, _line: Mapping[str, Any]) -> None:
+    def progress(step: int, num_steps: int, _line: Mapping[str, Any] | None) -> None:
         _send(replies, {"progress": step / num_steps})
 
     try:

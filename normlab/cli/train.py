@@ -1,7 +1,8 @@
 """`normlab train`: one run."""
 
 import argparse
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 HELP = "train one run, or resume it"
@@ -25,14 +26,29 @@ def main(args: argparse.Namespace) -> int:
     from normlab.training.loop import train
 
     config = load_config(args.config, args.overrides)
-    result = train(config, args.workdir, overrides=args.overrides, progress=_print_line)
+    names = (config.model.kind, config.norm.kind, config.data.name)
+    print("{} with {} on {}, seed {}".format(*names, config.seed), flush=True)
+    result = train(config, args.workdir, overrides=args.overrides, progress=_progress())
     for name, value in result.items():
         print(f"{name:40} {value:.6g}" if isinstance(value, float) else f"{name:40} {value}")
     print(f"in {args.workdir}")
     return 3 if result["status"] == "diverged" else 0
 
 
-def _print_line(step: int, num_steps: int, line: Mapping[str, Any]) -> None:
-    numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-    text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    print(f"step {step}/{num_steps}  {line['split']:5}  {text}", flush=True)
+def _progress() -> Callable[[int, int, Mapping[str, Any] | None], None]:
+    """Returns what prints a line of metrics, or of progress where none came for a while."""
+    begun: tuple[int, float] | None = None  # step and time of the first sign of life
+
+    def show(step: int, num_steps: int, line: Mapping[str, Any] | None) -> None:
+        nonlocal begun
+        begun = begun or (step, time.monotonic())
+        first_step, start = begun
+        if line is not None:
+            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+            text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            print(f"step {step}/{num_steps}  {line['split']:5}  {text}", flush=True)
+        elif step > first_step:
+            left = (num_steps - step) * (time.monotonic() - start) / (step - first_step)
+            print(f"step {step}/{num_steps}  about {left:.0f} s left", flush=True)
+
+    return show

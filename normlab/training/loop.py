@@ -27,8 +27,10 @@ from normlab.training.step import make_train_step
 
 _LOG = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, Mapping[str, Any]], None]
-"""Called as progress(step, num_steps, metrics line)."""
+Progress = Callable[[int, int, Mapping[str, Any] | None], None]
+"""Called as progress(step, num_steps, metrics line); the line is None for a sign of life."""
+
+HEARTBEAT_SECONDS = 10.0
 
 EVENTS = ("log", "eval", "checkpoint")
 
@@ -72,7 +74,7 @@ class _Run:
     ) -> None:
         config = parts.config
         self.parts, self.folder, self.progress = parts, folder, progress
-        self.clock = time.perf_counter()
+        self.clock = self.last_sign = time.perf_counter()
         data = load(config.data)
         self.mesh = parallel.make_mesh()
         self.compiler = parallel.Compiler()
@@ -143,9 +145,20 @@ class _Run:
             dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
             self.state = dispatch(*arguments)
             self.step += size
+            self._heartbeat()
         jax.block_until_ready(self.state)
         compiling = self.compiler.seconds - compiled_before
         self.train_seconds += time.perf_counter() - start - compiling
+
+    def _heartbeat(self) -> None:
+        if self.progress and time.perf_counter() - self.last_sign > HEARTBEAT_SECONDS:
+            jax.block_until_ready(self.state)  # dispatch runs ahead of the device
+            self._show(None)
+
+    def _show(self, line: Mapping[str, Any] | None) -> None:
+        if self.progress:
+            self.progress(self.step, self.parts.length.num_steps, line)
+            self.last_sign = time.perf_counter()
 
     def _dispatch(self, state: TrainState, data: Any, seed: Array, rows: Array) -> TrainState:
         """Takes one step for each row of `rows` (int32 [steps, batch]); traced, never run as is."""
@@ -199,8 +212,7 @@ class _Run:
     def _log(self, line: Mapping[str, Any]) -> None:
         run.append_line(self.folder / "metrics.jsonl", line)
         self._time()
-        if self.progress:
-            self.progress(self.step, self.parts.length.num_steps, line)
+        self._show(line)
 
     def _time(self) -> None:
         run.append_line(self.folder / "timing.jsonl", {"step": self.step, **self._timing()})
