@@ -26,22 +26,23 @@ def main(args: argparse.Namespace) -> int:
     from normlab.training.loop import train
 
     config = load_config(args.config, args.overrides)
-    names = (config.model.kind, config.norm.kind, config.data.name)
-    print("{} with {} on {}, seed {}".format(*names, config.seed), flush=True)
-    result = train(config, args.workdir, overrides=args.overrides, progress=_progress())
+    what = f"{config.model.kind} with {config.norm.kind} on {config.data.name}, seed {config.seed}"
+    result = train(config, args.workdir, overrides=args.overrides, progress=_progress(what))
     for name, value in result.items():
         print(f"{name:40} {value:.6g}" if isinstance(value, float) else f"{name:40} {value}")
     print(f"in {args.workdir}")
     return 3 if result["status"] == "diverged" else 0
 
 
-def _progress() -> Callable[[int, int, Mapping[str, Any] | None], None]:
-    """Returns what prints a line of metrics, or of progress where none came for a while."""
+def _progress(what: str) -> Callable[[int, int, Mapping[str, Any] | None], None]:
+    """Returns what prints a first line, lines of metrics, and a sign of life between them."""
     begun: tuple[int, float] | None = None  # step and time of the first sign of life
 
     def show(step: int, num_steps: int, line: Mapping[str, Any] | None) -> None:
         nonlocal begun
-        begun = begun or (step, time.monotonic())
+        if begun is None:
+            begun = step, time.monotonic()
+            print(f"{what}: from step {step} to {num_steps}", flush=True)
         first_step, start = begun
         if line is not None:
             numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}

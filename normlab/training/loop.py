@@ -99,6 +99,7 @@ class _Run:
         self.train_seconds = 0.0
         self.state: TrainState = parallel.replicate(state, self.mesh)
         run.write_status(folder, "running", self.step)
+        self._show(None)
 
     def finish(self) -> dict[str, Any]:
         """Trains to the end and returns the result, which stands in result.json then."""
