@@ -233,9 +233,8 @@ def failure_noted(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        status = "interrupted" if hasattr(error, "exit_code") else "failed"
-        if isinstance(error, KeyboardInterrupt):
-            status = "interrupted"
+        by_signal = getattr(error, "exit_code", 0) > 128 or isinstance(error, KeyboardInterrupt)
+        status = "interrupted" if by_signal else "failed"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         step = (last_timing(folder) or {"step": 0}).get("step", 0)
         with contextlib.suppress(OSError):  # a full disk is the very thing being reported

@@ -8,21 +8,24 @@ complete. The library alone restores a flipped bit without a word; here every fi
 before it is read, a bad one is kept and named in a warning, and the one before it is used.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from normlab.errors import UserError
+from normlab.errors import MachineFault, UserError
 from normlab.run import first_difference, free_name, read_json, write_json
 
 _LOG = logging.getLogger(__name__)
+
+_OVERHEAD_BYTES = 256 * 1024  # of a checkpoint's index and manifest
 
 
 def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
@@ -36,7 +39,10 @@ def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
     temporary = folder / f".writing-{step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    if shutil.disk_usage(temporary).free < needed + _OVERHEAD_BYTES:
+        raise _full(folder)
+    with _one_line_when_full(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((temporary / "state").resolve(), jax.tree.map(np.asarray, state))
     manifest = {
         "step": step,
@@ -49,6 +55,25 @@ def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
         final.rename(free_name(folder / f"bad-{step}"))
     temporary.rename(final)
     return final
+
+
+@contextlib.contextmanager
+def _one_line_when_full(folder: Path) -> Iterator[None]:
+    """Raises MachineFault; orbax would log tracebacks from each of its threads as well."""
+    absl_logger = logging.getLogger("absl")
+    disabled, absl_logger.disabled = absl_logger.disabled, True
+    try:
+        yield
+    except Exception as error:
+        if "No space left on device" not in str(error):
+            raise
+        raise _full(folder) from error
+    finally:
+        absl_logger.disabled = disabled
+
+
+def _full(folder: Path) -> MachineFault:
+    return MachineFault(f"no space left on device for a checkpoint in {folder}")
 
 
 def steps(folder: Path) -> list[int]:

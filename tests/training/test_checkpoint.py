@@ -2,12 +2,13 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normlab.errors import UserError
+from normlab.errors import MachineFault, UserError
 from normlab.training import checkpoint
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "count": jnp.array(3), "none": None, "empty": {}}
@@ -104,3 +105,14 @@ def test_the_manifest_lists_every_file_with_its_digest(folder):
     files = [path for path in (folder / "20" / "state").rglob("*") if path.is_file()]
     assert len(manifest["files"]) == len(files)
     assert all(len(digest) == 64 for digest in manifest["files"].values())
+
+
+def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(tmp_path, monkeypatch):
+    state = {"w": jnp.zeros(1000)}
+    checkpoint.save(tmp_path, 1, state, {})
+    # Room for 4,000 bytes of values, but not for the index beside them.
+    usage = SimpleNamespace(free=5_000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(MachineFault, match="no space left on device for a checkpoint in"):
+        checkpoint.save(tmp_path, 2, state, {})
+    assert checkpoint.steps(tmp_path) == [1]

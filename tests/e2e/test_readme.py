@@ -1,0 +1,114 @@
+"""Every command and snippet of the README is run, in smaller form where it would take long."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = [
+    "--config.model.widths=(4,)",
+    "--config.model.strides=(2,)",
+    "--config.train.num_steps=2",
+    "--config.eval.batch_size=10000",
+]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    return [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def smaller(words):
+    """The same command on a net of one layer and for two steps."""
+    if words[1] not in ("train", "compare"):
+        return words
+    kept = [word for word in words if "num_epochs" not in word]
+    kept = [word.replace("cifar10.py", "cifar10.py:model=cnn") for word in kept]
+    return [*kept, *SMALLER]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder with configs/ where the commands run, one after another, as they are typed."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    archive = folder / "cifar-10-batches-bin"
+    archive.mkdir()
+    for name in [*(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin"]:
+        (archive / name).write_bytes(bytes(10_000 * 3_073))
+    return folder
+
+
+def test_there_is_nothing_in_the_readme_that_these_tests_do_not_know():
+    known = {"make", "normlab", "source"}
+    assert {shlex.split(line)[0] for line in commands()} == known
+    assert len(blocks("sh")) == README.count("```sh")
+
+
+def test_the_make_targets_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in commands():
+        if line.startswith("make "):
+            assert line.split()[1] in targets
+
+
+def test_the_commands(checkout):
+    """In one test, in the README's order: some look at what others made."""
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] != "normlab":
+            continue
+        # The archive of the test is unpacked, and of zeros, which no checksum would match.
+        words = [word.replace("cifar-10-binary.tar.gz", "cifar-10-batches-bin") for word in words]
+        ended = subprocess.run(
+            [sys.executable, "-m", "normlab", *smaller(words)[1:]],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, (line, ended.stderr)
+        assert ended.stdout.strip(), line
+
+
+def test_the_demo(tmp_path):
+    """The command of `make demo` with one seed and small nets: 14 runs of the 42."""
+    dry = subprocess.run(
+        ["make", "--dry-run", "--assume-old=.venv/installed", "demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = dry.stdout[dry.stdout.index("normlab compare") :].replace("\\\n", " ")
+    words = [word for word in shlex.split(text) if "--workdir" not in word]
+    assert "--seeds=3" in words
+    words += ["--seeds=1", f"--workdir={tmp_path / 'demo'}", *SMALLER]
+    ended = subprocess.run(
+        [sys.executable, "-m", "normlab", *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "6 normalizers in 3 settings, 1 seed each: 14 runs" in ended.stdout
+    for name in ("report.html", "report.md", "report.csv"):
+        assert (tmp_path / "demo" / name).exists()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_snippets(checkout, number):
+    snippet = blocks("python")[number]
+    ended = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
