@@ -183,7 +183,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(f
     folder, _ = finished
 
     def cut(step, _total, line):
-        if (step, line["split"]) == (10, "train"):
+        if line and (step, line["split"]) == (10, "train"):
             raise KeyboardInterrupt
 
     other = tmp_path / "run"
