@@ -11,9 +11,11 @@ Both change speed and the last bits of a result, never its meaning; the run's ma
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 _MALLOC_TUNABLE = "glibc.malloc.hugetlb=1"
 _CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
@@ -49,14 +51,34 @@ def thread_environment(threads: int) -> dict[str, str]:
     return {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
 
 
-def reexecute(arguments: list[str], threads: int | None = None) -> None:
+def sharing_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the variables that let several processes use one GPU: memory is taken as needed.
+
+    Otherwise the first one, even one that only counts devices, takes three quarters of it.
+    """
+    environment = os.environ if environment is None else environment
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    return {} if name in environment else {name: "false"}
+
+
+def has_accelerator() -> bool:
+    """Returns whether JAX will find a GPU or TPU, without asking it to start one."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms:
+        return platforms.split(",")[0] != "cpu"
+    plugin = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
+    gpu = plugin and any(Path("/dev").glob("nvidia[0-9]*"))
+    return gpu or importlib.util.find_spec("libtpu") is not None
+
+
+def reexecute(arguments: list[str], share_devices: bool = False) -> None:
     """Starts `python -m normlab ARGUMENTS` in this process's place, with the entry environment.
 
     Returns only if the environment stands already, or after one try.
     """
     extra = entry_environment()
-    if threads is not None:
-        extra |= thread_environment(threads)
+    if share_devices:
+        extra |= sharing_environment()
     if _REEXECUTED in os.environ or not extra:
         return
     sys.stdout.flush()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab import run
-from normlab.environment import entry_environment, thread_environment
+from normlab.environment import entry_environment, has_accelerator, thread_environment
 from normlab.errors import UserError, unknown
 
 ATTEMPTS = 2  # a run whose worker died is resumed once
@@ -203,15 +203,16 @@ def run_plan(
 ) -> dict[str, str]:
     """Runs what is not done; returns {run id: state} of every run of the plan.
 
-    `jobs` runs at a time (default: one for each `threads` cores). `on_event` is called from one
-    thread at a time. A SIGINT is passed to the workers, which save their runs.
+    `jobs` runs at a time (default: one for each `threads` cores, or one on an accelerator).
+    `on_event` is called from one thread at a time. A SIGINT is passed to the workers, which save
+    their runs.
     """
     distinct = {planned.id: planned for planned in reversed(plan.runs)}
     order = list(dict.fromkeys(planned.id for planned in plan.runs))
     states = {run_id: _settled_state(folder / run_id) for run_id in order}
     pending = [distinct[run_id] for run_id in order if states[run_id] is None]
     tracker = _Tracker(pending, len(order), on_event)
-    jobs = jobs or max(1, len(os.sched_getaffinity(0)) // threads)
+    jobs = jobs or default_jobs(threads)
     tasks: queue.SimpleQueue[PlannedRun] = queue.SimpleQueue()
     for planned in pending:
         tasks.put(planned)
@@ -233,6 +234,13 @@ def run_plan(
             hand.join()
         raise
     return {run_id: state or "planned" for run_id, state in states.items()}
+
+
+def default_jobs(threads: int) -> int:
+    """Returns how many runs of `threads` cores fit at a time; an accelerator takes one."""
+    if has_accelerator():
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def _settled_state(folder: Path) -> str | None:

@@ -5,7 +5,14 @@ import os
 import subprocess
 import sys
 
-from normlab.environment import entry_environment, thread_environment, threads
+from normlab import environment, sweep
+from normlab.environment import (
+    entry_environment,
+    has_accelerator,
+    sharing_environment,
+    thread_environment,
+    threads,
+)
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -31,6 +38,23 @@ def test_the_thread_count_reaches_xla(monkeypatch):
     assert threads() == 3
     monkeypatch.delenv("NPROC")
     assert threads() == len(os.sched_getaffinity(0))
+
+
+def test_processes_that_share_a_gpu_take_memory_as_needed_unless_the_user_says_otherwise():
+    assert sharing_environment({}) == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert sharing_environment({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}) == {}
+
+
+def test_the_platform_decides_whether_there_is_an_accelerator(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not has_accelerator()
+    assert sweep.default_jobs(1) == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert has_accelerator()
+    assert sweep.default_jobs(1) == 1  # sixteen cores would else start sixteen runs on one GPU
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    assert not has_accelerator()
 
 
 def test_importing_normlab_and_its_report_imports_nothing_heavy():

@@ -31,7 +31,7 @@ def entry() -> NoReturn:
     """Runs the command in sys.argv, in the environment that makes training fast, and exits."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in _COMPUTING:
-        reexecute(arguments)
+        reexecute(arguments, share_devices=arguments[0] == "compare")
     sys.exit(main(arguments))
 
 

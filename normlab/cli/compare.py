@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the comparison")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (one a core)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (one a core; on a GPU one)"
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a run (1)")
     parser.add_argument(
         "--redo-other-commits",
