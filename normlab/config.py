@@ -212,11 +212,15 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
             raise UserError(f"config field {name!r} cannot be none; it is of type {kind.__name__}")
         parent[key] = None
         return
-    parent[key] = _cast(name, value, kind)
+    parent[key] = _cast(name, value, kind, like=parent[key])
 
 
-def _cast(name: str, value: Any, kind: type) -> Any:
-    """Returns `value` (perhaps text) as `kind`; never rounds, never guesses."""
+def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
+    """Returns `value` (perhaps text) as `kind`; never rounds, never guesses.
+
+    The elements of a tuple are of the type of those of `like`, the present value; floats if it has
+    none, as the durations do.
+    """
     wrong = UserError(f"config field {name!r} takes {_article(kind)}, not {value!r}")
     if kind is str:
         if not isinstance(value, str):
@@ -231,15 +235,28 @@ def _cast(name: str, value: Any, kind: type) -> Any:
         except (ValueError, SyntaxError):
             raise wrong from None
     if kind is tuple:
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        element = type(like[0]) if like else float
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        try:
+            return tuple(_plain_value(part, element) for part in parts)
+        except ValueError:
+            raise UserError(
+                f"config field {name!r} takes a tuple of {element.__name__}, not {value!r}"
+            ) from None
+    try:
+        return _plain_value(value, kind)
+    except ValueError:
+        raise wrong from None
+
+
+def _plain_value(value: Any, kind: type) -> Any:
+    """Returns a value as `kind` if that changes nothing; raises ValueError else, and for NaN."""
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is not kind:
-        raise wrong
-    if isinstance(value, float) and not math.isfinite(value):
-        raise wrong
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError
     return value
 
 
@@ -311,9 +328,10 @@ class RunLength:
         unknown_length = cls(0, steps_per_epoch, batch_size)
         num_steps = unknown_length.steps(config.train, "num", "train")
         if num_steps is None or num_steps < 1:
-            raise UserError(
-                "config field 'train.num_epochs' makes a run of no step; give at least 1"
-            )
+            given = [unit for unit in UNITS if config.train.get(f"num_{unit}") is not None]
+            name = f"train.num_{given[0] if given else 'epochs'}"
+            value = config.train.get(name.rpartition(".")[2])
+            raise UserError(f"config field {name!r} = {value} makes a run of no step")
         return cls(num_steps, steps_per_epoch, batch_size)
 
     def steps(self, section: ConfigDict, stem: str, section_name: str = "") -> Any:
@@ -347,7 +365,10 @@ class RunLength:
             "examples": 1.0 / self.batch_size,
             "fraction": float(self.num_steps),
         }
-        return round(value * per_unit[unit])
+        steps = value * per_unit[unit]
+        if steps >= 2**31:
+            raise UserError(f"config field {name!r} = {value} is more than 2**31 - 1 steps")
+        return round(steps)
 
 
 # Saving and identity -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; one of {', '.join(options)}" if options else ""
+    return f"; one of {', '.join(options)}" if 0 < len(options) <= 20 else ""
 
 
 def unknown(what: str, name: str, options: Iterable[str]) -> UserError:

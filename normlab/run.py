@@ -105,10 +105,31 @@ def truncate_logs(folder: Path, sizes: Mapping[str, int]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a log; [] if there is none."""
+    """Returns the records of a log; [] if there is none. A line that is none is passed over.
+
+    (The report shows such lines; a run that could not be finished for one would help nobody.)
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Returns result.json of a finished run; None if it is not finished.
+
+    Raises UserError if the file is there and is no result.
+    """
+    result = read_json(folder / "result.json")
+    if result is not None and result.get("status") not in ("done", "diverged"):
+        raise UserError(
+            f"{folder / 'result.json'} has status {result.get('status')!r}, neither 'done' nor "
+            "'diverged'; move it away to train on"
+        )
+    return result
 
 
 def last_timing(folder: Path) -> dict[str, float]:
@@ -118,7 +139,8 @@ def last_timing(folder: Path) -> dict[str, float]:
 
 def last_train_loss(folder: Path) -> float | None:
     """Returns the training loss of the last line that has one."""
-    losses = [x["loss"] for x in read_lines(folder / "metrics.jsonl") if x["split"] == "train"]
+    lines = read_lines(folder / "metrics.jsonl")
+    losses = [line.get("loss") for line in lines if line.get("split") == "train"]
     return losses[-1] if losses else None
 
 
@@ -159,7 +181,10 @@ def open_folder(folder: Path, identity_config: dict[str, Any]) -> None:
         write_json(folder / "identity.json", identity_config)
         return
     difference = first_difference(there, identity_config)
-    if difference:
+    if difference and not (folder / "manifest.json").exists():
+        # Refused before its first step, e.g. for its data: nothing was run here.
+        write_json(folder / "identity.json", identity_config)
+    elif difference:
         name, old, new = difference
         raise UserError(
             f"workdir {str(folder)!r} holds the run of another config: "

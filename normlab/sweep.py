@@ -6,14 +6,16 @@ cannot differ share one run. Workers are processes (`normlab.worker`), so a cras
 and nothing else.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Plan:
     norms: tuple[str, ...]
     settings: Mapping[str, Mapping[str, str]]
     seeds: tuple[int, ...]
+    overrides: Mapping[str, str]  # of all runs
     runs: tuple[PlannedRun, ...]
 
 
@@ -84,6 +87,9 @@ def make_plan(
     from normlab.training.setup import build_parts, id_of
 
     norms, seeds = tuple(dict.fromkeys(norms)), tuple(seeds)
+    for changes in (overrides, *settings.values()):
+        if "seed" in changes:
+            raise UserError(f"seed={changes['seed']} is set; a comparison has the seeds of --seeds")
     for norm in norms:
         if norm not in NORMS:
             raise unknown("norm", norm, NORMS)
@@ -113,7 +119,18 @@ def make_plan(
                 labels = {"setting": setting, "norm": norm, "seed": seed}
                 runs.append(PlannedRun(id_of(config), labels, sources[norm], chosen))
     plain = {name: dict(changes) for name, changes in settings.items()}
-    return Plan(source, norms, plain, seeds, tuple(runs))
+    return Plan(source, norms, plain, seeds, dict(overrides), tuple(runs))
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock; raises UserError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with run.locked(folder):
+            yield
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"workdir {str(folder)!r} cannot be written: {error.strerror}") from error
 
 
 def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) -> None:
@@ -123,25 +140,8 @@ def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) ->
     another config, or another run under the same label. With `redo_other_commits`, runs of another
     commit are renamed to `ID.old-N`, so that they are run again.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"workdir {str(folder)!r} cannot be made: {error.strerror}") from error
-    earlier = run.read_json(folder / run.SWEEP)
-    if earlier is None and any(folder.iterdir()):
-        raise UserError(f"workdir {str(folder)!r} holds something that is not a comparison")
-    earlier = earlier or {
-        "config": plan.config,
-        "norms": [],
-        "settings": {},
-        "seeds": [],
-        "runs": [],
-    }
-    if earlier["config"] != plan.config:
-        raise UserError(
-            f"workdir {str(folder)!r} holds a comparison of {earlier['config']!r}, "
-            f"not of {plan.config!r}; choose another folder"
-        )
+    earlier = _earlier_plan(folder) or _as_json(dataclasses.replace(plan, runs=()))
+    _check_same_meaning(earlier, _as_json(plan), folder)
     entries = {_label_key(entry["labels"]): entry for entry in earlier["runs"]}
     for planned in plan.runs:
         entry = {"id": planned.id, "labels": dict(planned.labels)}
@@ -154,18 +154,67 @@ def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) ->
             )
     if redo_other_commits:
         _set_aside_other_commits(plan, folder)
-    data = {
-        "schema_version": 1,
-        "config": plan.config,
+    data = _as_json(plan) | {
         "settings": {**earlier["settings"], **plan.settings},
         "norms": list(dict.fromkeys([*earlier["norms"], *plan.norms])),
         "seeds": sorted({*earlier["seeds"], *plan.seeds}),
         "runs": list(entries.values()),
     }
-    try:
-        run.write_json(folder / run.SWEEP, data)
-    except PermissionError as error:
-        raise UserError(f"workdir {str(folder)!r} cannot be written: {error.strerror}") from error
+    run.write_json(folder / run.SWEEP, data)
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "config": plan.config,
+        "overrides": dict(plan.overrides),
+        "settings": {name: dict(changes) for name, changes in plan.settings.items()},
+        "norms": list(plan.norms),
+        "seeds": list(plan.seeds),
+        "runs": [{"id": planned.id, "labels": dict(planned.labels)} for planned in plan.runs],
+    }
+
+
+def _earlier_plan(folder: Path) -> dict[str, Any] | None:
+    """Returns sweep.json; None in a folder that is new or empty."""
+    path = folder / run.SWEEP
+    earlier = run.read_json(path) if folder.is_dir() else None
+    if earlier is None:
+        if folder.is_dir() and any(file.name != "lock" for file in folder.iterdir()):
+            raise UserError(f"workdir {str(folder)!r} holds something that is not a comparison")
+        return None
+    kinds = {"config": str, "overrides": dict, "settings": dict, "norms": list, "seeds": list}
+    for name, kind in (kinds | {"runs": list}).items():
+        if not isinstance(earlier.get(name), kind):
+            raise UserError(f"{path} is damaged: its {name!r} is {earlier.get(name)!r}")
+    return earlier
+
+
+_NO_RESULT = ("checkpoint.", "log.", "parallel.", "data.path")  # fields that change no result
+
+
+def _check_same_meaning(there: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError where the same name would stand for two things in one table."""
+
+    def refuse(what: str, old: Any, new: Any) -> None:
+        raise UserError(
+            f"workdir {str(folder)!r} holds a comparison with {what} {old}, not {new}; "
+            "choose another folder"
+        )
+
+    if there["config"] != here["config"]:
+        refuse("config", repr(there["config"]), repr(here["config"]))
+    pairs = [("override", there["overrides"], here["overrides"])]
+    pairs += [
+        (f"setting {name!r}:", there["settings"][name], changes)
+        for name, changes in here["settings"].items()
+        if name in there["settings"]
+    ]
+    for what, old, new in pairs:
+        for field in dict.fromkeys([*old, *new]):
+            a, b = (fields.get(field, "its default") for fields in (old, new))
+            if a != b and not field.startswith(_NO_RESULT):
+                refuse(f"{what} {field} =", a, b)
 
 
 def _label_key(labels: Mapping[str, Any]) -> str:
@@ -204,8 +253,8 @@ def run_plan(
     """Runs what is not done; returns {run id: state} of every run of the plan.
 
     `jobs` runs at a time (default: one for each `threads` cores, or one on an accelerator).
-    `on_event` is called from one thread at a time. A SIGINT is passed to the workers, which save
-    their runs.
+    `on_event` is called from one thread at a time. At a SIGINT or SIGTERM the workers save their
+    runs. To be called from the main thread.
     """
     distinct = {planned.id: planned for planned in reversed(plan.runs)}
     order = list(dict.fromkeys(planned.id for planned in plan.runs))
@@ -223,6 +272,7 @@ def run_plan(
     ]
     for hand in hands:
         hand.start()
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         for hand in hands:
             while hand.is_alive():
@@ -233,7 +283,21 @@ def run_plan(
         for hand in hands:
             hand.join()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return {run_id: state or "planned" for run_id, state in states.items()}
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise Stopped(number)
+
+
+class Stopped(Exception):
+    """A signal ended a sweep; its runs are saved."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command resumes it")
 
 
 def default_jobs(threads: int) -> int:
@@ -246,7 +310,7 @@ def default_jobs(threads: int) -> int:
 def _settled_state(folder: Path) -> str | None:
     """Returns `done` or `diverged` for a finished run, None for one that is to be run."""
     try:
-        result = run.read_json(folder / "result.json")
+        result = run.read_result(folder)
     except UserError:
         return None
     return result["status"] if result else None
@@ -271,7 +335,8 @@ def _work(
             if not outcome.get("crashed") or worker.stopped:
                 break
         if outcome.get("crashed") and (folder / planned.id).is_dir():
-            run.write_status(folder / planned.id, "failed", 0, outcome["message"])
+            step = (run.last_timing(folder / planned.id) or {}).get("step", 0)
+            run.write_status(folder / planned.id, outcome["state"], int(step), outcome["message"])
         states[planned.id] = outcome["state"]
         tracker.end(planned, outcome["message"])
     worker.close()
@@ -359,6 +424,7 @@ class _Worker:
                     stderr=log,
                     text=True,
                     env=environment,
+                    start_new_session=True,  # a terminal's Ctrl-C comes once, from this process
                 )
         return self._process
 

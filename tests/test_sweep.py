@@ -102,12 +102,57 @@ def test_a_larger_plan_adds_only_what_is_new(tmp_path):
     assert written["norms"] == ["none", "layer_norm"]  # a smaller plan forgets nothing
 
 
-def test_another_run_under_the_same_label_is_refused(tmp_path):
-    execute(plan_of(norms=("none",)), tmp_path)
+@pytest.mark.parametrize(
+    ("there", "here", "expected"),
+    [
+        ({}, {"train__num_steps": "5"}, r"override train\.num_steps = 4, not 5"),
+        (
+            {"settings": {"a": {"optim.base_lr": "0.01"}}},
+            {"settings": {"a": {"optim.base_lr": "1.0"}}, "norms": ("layer_norm",)},
+            r"setting 'a': optim\.base_lr = 0.01, not 1.0",
+        ),
+        (
+            {"settings": {"a": {}}},
+            {"settings": {"a": {"optim.base_lr": "1.0"}}},
+            r"setting 'a': optim\.base_lr = its default, not 1.0",
+        ),
+    ],
+)
+def test_one_name_stands_for_one_thing_in_a_folder(tmp_path, there, here, expected):
+    """Otherwise two experiments would meet under one heading of a table."""
+    sweep.write_plan(plan_of(**there), tmp_path)
     before = (tmp_path / "sweep.json").read_bytes()
-    with pytest.raises(UserError, match=r"train\.num_steps is 4 there and 5 here"):
-        sweep.write_plan(plan_of(norms=("none",), train__num_steps="5"), tmp_path)
+    with pytest.raises(UserError, match=expected):
+        sweep.write_plan(plan_of(**here), tmp_path)
     assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    sweep.write_plan(plan_of(), tmp_path)
+    sweep.write_plan(plan_of(checkpoint__every_steps="4"), tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"seed": "4"}, {"settings": {"a": {"seed": "4"}}}])
+def test_seeds_come_from_seeds_alone(change):
+    with pytest.raises(UserError, match="seed=4 is set; a comparison has the seeds of --seeds"):
+        plan_of(**change)
+
+
+def test_two_comparisons_do_not_write_one_folder(tmp_path):
+    with (
+        sweep.held(tmp_path),
+        pytest.raises(UserError, match="being written by another process"),
+        sweep.held(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("damaged", ["{}", '{"config": "configs/digits.py", "runs": 3}'])
+def test_a_damaged_plan_is_refused_and_kept(tmp_path, damaged):
+    (tmp_path / "sweep.json").write_text(damaged)
+    with pytest.raises(UserError, match=r"sweep\.json is damaged"):
+        sweep.write_plan(plan_of(), tmp_path)
+    assert (tmp_path / "sweep.json").read_text() == damaged
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
@@ -155,6 +200,7 @@ def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
     assert any("resumed at step" in text for text in resumed)
     # The same bytes as without a kill.
     other = tmp_path.with_name(tmp_path.name + "-whole")
+    other.mkdir()
     sweep.write_plan(plan, other)
     sweep.run_plan(plan, other, 1, 1, lambda event: None)
     for run_id in states:

@@ -6,6 +6,7 @@ interrupted. A mistake is one line on stderr that names the thing and the neares
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -37,6 +38,7 @@ def entry() -> NoReturn:
 
 def main(arguments: list[str]) -> int:
     """Runs one command; returns its exit code. Never raises for a mistake or a machine's fault."""
+    _warn_on_stderr()
     try:
         return _dispatch(arguments)
     except (UserError, MachineFault) as error:
@@ -54,6 +56,17 @@ def main(arguments: list[str]) -> int:
         if fault is None:
             raise
         return _fail(fault, 1)
+
+
+def _warn_on_stderr() -> None:
+    """Shows normlab's warnings as lines of its own, whatever handlers a library has installed."""
+    logger = logging.getLogger("normlab")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter("normlab: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _dispatch(arguments: list[str]) -> int:

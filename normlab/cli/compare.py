@@ -1,6 +1,7 @@
 """`normlab compare`: normalizers × settings × seeds, and the table."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -53,9 +54,10 @@ def main(args: argparse.Namespace) -> int:
         overrides=args.overrides,
     )
     folder = Path(args.workdir)
-    sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
-    with show_progress(sys.stdout) as progress:
-        states = sweep.run_plan(plan, folder, args.jobs, args.threads, progress)
+    with sweep.held(folder):
+        sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
+        with show_progress(sys.stdout) as progress:
+            states = sweep.run_plan(plan, folder, args.jobs, args.threads, progress)
     results = report.load(folder)
     paths = report.write(folder, results)
     report.show(results, sys.stdout)
@@ -73,9 +75,13 @@ def _setting(text: str) -> tuple[str, dict[str, str]]:
     if not name.strip():
         raise UserError(f"--setting={text!r} has no name; write NAME:field=value,...")
     overrides = {}
-    for part in filter(None, rest.split(",")):
+    # A comma inside brackets belongs to a tuple.
+    for part in filter(None, re.split(r",(?![^(\[]*[)\]])", rest)):
         field, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"--setting={text!r}: {part!r} is not field=value")
-        overrides[field.strip().removeprefix("config.")] = value.strip()
+        name_of_field = field.strip().removeprefix("config.")
+        if name_of_field in overrides:
+            raise UserError(f"--setting={text!r} gives {name_of_field!r} twice")
+        overrides[name_of_field] = value.strip()
     return name.strip(), overrides

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from normlab.config import RunLength
 from normlab.data.info import dataset_info
 from normlab.errors import unknown
+from normlab.models.activations import ACTIVATIONS
 from normlab.models.cnn import CNN
 from normlab.models.conv import CONVS
 from normlab.models.lenet import LeNet5
@@ -50,17 +51,6 @@ MODELS: dict[str, type[nn.Module]] = {
 
 INJECTED = ("num_classes", "norm", "conv")
 """Fields of models that `build` fills in; they are never part of `config.model`."""
-
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "sigmoid": nn.sigmoid,
-    "tanh": nn.tanh,
-    "gelu": nn.gelu,
-    "silu": nn.silu,
-    "elu": nn.elu,
-    "leaky_relu": nn.leaky_relu,
-}
-"""Activations by config name."""
 
 
 def build(

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.errors import UserError
+from normlab.models.activations import relu
 from normlab.models.conv import StandardConv
 from normlab.norms import NormFactory
 
@@ -20,7 +21,7 @@ class CNN(nn.Module):
     conv: StandardConv
     widths: tuple[int, ...] = (16, 16, 32, 32, 32)  # channels of each convolution
     strides: tuple[int, ...] = (1, 1, 2, 1, 2)  # stride of each convolution
-    activation: Callable[[Array], Array] = nn.relu  # after each normalizer
+    activation: Callable[[Array], Array] = relu  # after each normalizer
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
 
     @nn.compact

@@ -98,7 +98,10 @@ def conv_with_split_gradient(
     @split.defjvp
     def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
         (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
-        by_kernel = [conv(piece, kernel_tangent) for piece in jnp.split(x, num_pieces(x))]
+        # Seen backwards, this is the sum of the pieces: in float32, whatever they are computed in.
+        wide = kernel_tangent.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        pieces = jnp.split(x, num_pieces(x))
+        by_kernel = [conv(piece, wide.astype(kernel.dtype)) for piece in pieces]
         return conv(x, kernel), conv(x_tangent, kernel) + jnp.concatenate(by_kernel)
 
     return split(x, kernel)

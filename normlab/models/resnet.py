@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from normlab.models.activations import relu
 from normlab.models.conv import StandardConv
 from normlab.models.resnet_cifar import BasicBlock
 from normlab.norms import NormFactory
@@ -65,7 +66,7 @@ class ResNet18(nn.Module):
     stage_sizes: tuple[int, ...] = (2, 2, 2, 2)  # blocks in each stage
     width: int = 64  # channels of the first stage; doubled at each further one
     zero_init_scale: bool = True  # start the last norm of each block with scale zero
-    activation: Callable[[Array], Array] = nn.relu  # of all blocks
+    activation: Callable[[Array], Array] = relu  # of all blocks
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
 
     bottleneck: ClassVar[bool] = False

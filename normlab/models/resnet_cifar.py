@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.errors import UserError
+from normlab.models.activations import relu
 from normlab.models.conv import StandardConv
 from normlab.norms import NormFactory
 
@@ -73,7 +74,7 @@ class ResNet20(nn.Module):
     width: int = 16  # channels of the first stage; doubled at each further one
     shortcut: str = "A"  # where the shape changes: A (zero channels) or B (1×1 projection)
     zero_init_scale: bool = False  # start the last norm of each block with scale zero
-    activation: Callable[[Array], Array] = nn.relu  # of all blocks
+    activation: Callable[[Array], Array] = relu  # of all blocks
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
 
     @nn.compact

@@ -77,7 +77,7 @@ class BatchNorm(Normalizer):
             sow_moments(self, batch)
             old = {"mean": mean.value, "var": var.value}
             new = self.state_from_moments(batch.moments)
-            averages, _ = moving_averages(old, new, batch, self.momentum)
+            averages, _ = moving_averages(self, old, new, batch, self.momentum)
             mean.value, var.value = averages["mean"], averages["var"]
         return y.reshape(x.shape).astype(dtype)
 

@@ -151,6 +151,7 @@ def sow_moments(module: nn.Module, batch: GroupedBatch) -> None:
 
 
 def moving_averages(
+    module: nn.Module,
     old: dict[str, Array],
     new: dict[str, Array],
     batch: GroupedBatch,
@@ -160,7 +161,9 @@ def moving_averages(
 
     `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C]. The groups that have values enter
     with equal weight. Nothing moves if there is none, or if any of their statistics is not finite:
-    one overflow in one batch would otherwise poison an average for good.
+    one overflow in one batch would otherwise poison an average for good. That it happened is left
+    in the collection `nonfinite` (boolean []), if asked for: the output may well be finite, as x/∞
+    is.
     """
     count, grouping = batch.moments.count, batch.grouping
     axes = tuple(range(count.ndim - 1))
@@ -178,9 +181,10 @@ def moving_averages(
         name: total(jnp.where(count > 0, value, 0)) / jnp.maximum(groups, 1)
         for name, value in new.items()
     }
-    moves = (groups > 0).all()
-    for mean in means.values():
-        moves &= jnp.isfinite(mean).all()
+    finite = jnp.all(jnp.stack([jnp.isfinite(mean).all() for mean in means.values()]))
+    if module.is_mutable_collection("nonfinite"):
+        module.sow("nonfinite", "statistics", ~finite, reduce_fn=lambda _, new: new)
+    moves = (groups > 0).all() & finite
     averages = {
         name: jnp.where(moves, ema(old[name], mean, momentum), old[name])
         for name, mean in means.items()

@@ -85,7 +85,7 @@ class BatchRenorm(Normalizer):
         if not self.is_initializing():
             sow_moments(self, batch)
             old = {"mean": mean.value, "sigma": sigma.value}
-            averages, moved = moving_averages(old, new, batch, self.momentum)
+            averages, moved = moving_averages(self, old, new, batch, self.momentum)
             mean.value, sigma.value = averages["mean"], averages["sigma"]
             step.value = step.value + moved.astype(jnp.int32)
         return y.reshape(x.shape).astype(dtype)

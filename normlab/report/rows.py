@@ -90,7 +90,8 @@ def load(directory: Path, alive: Callable[[Path], bool] | None = None) -> Sweep:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"folder {str(directory)!r} does not exist")
+        what = "is not a folder" if directory.exists() else "does not exist"
+        raise UserError(f"folder {str(directory)!r} {what}")
     notes: list[str] = []
     if (directory / "sweep.json").exists():
         plan = read_json(directory / "sweep.json", notes)

@@ -54,7 +54,7 @@ def train(
     parts = build_parts(config)
     run.open_folder(folder, run_identity(config))
     with run.locked(folder):
-        finished = run.read_json(folder / "result.json")
+        finished = run.read_result(folder)
         if finished is not None:
             return finished
         with run.log_to(folder / "log.txt"), run.failure_noted(folder):
@@ -104,17 +104,17 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Trains to the end and returns the result, which stands in result.json then."""
         with Signals() as signals:
-            while self.step < self.parts.length.num_steps:
+            while self.step < self.parts.length.num_steps and not self._diverged():
                 due = self._next_events()
                 event = min(due.values())
                 self._advance(event, signals)
                 arrived = [name for name in EVENTS if self.step == due[name]]
+                if self._diverged():
+                    arrived = ["log", "checkpoint"]
                 if "log" in arrived:
                     self._log_training()
                 if "eval" in arrived and self.step < self.parts.length.num_steps:
                     self._log({"step": self.step, "split": "test", **self._evaluate()})
-                if arrived and bool(self.state.health.diverged):
-                    break
                 if signals.received is not None:
                     self._save()
                     raise Interrupted(signals.received, self.step)
@@ -126,12 +126,16 @@ class _Run:
         """Returns the step of the next event of each kind; the end of the run is one of each."""
         length, due = self.parts.length, {}
         for name in EVENTS:
-            every = length.steps(self.parts.config[name], "every", name) or length.num_steps
+            every = length.steps(self.parts.config[name], "every", name)
+            every = length.num_steps if every is None else max(every, 1)
             due[name] = min((self.step // every + 1) * every, length.num_steps)
         return due
 
     def _advance(self, until: int, signals: Signals) -> None:
-        """Takes steps up to `until`, fewer if a signal came; waits for the device at the end."""
+        """Takes steps up to `until`, fewer if a signal came or the run diverged.
+
+        Waits for the device at the end, and now and then to see whether the run has diverged.
+        """
         config, first = self.parts.config, self.step
         chunk = parallel.steps_per_dispatch(config)
         seed = parallel.seed_array(config.seed)
@@ -139,6 +143,7 @@ class _Run:
             config.seed, first, until - first, self.parts.length.batch_size, len(self.train_data[1])
         )
         compiled_before, start = self.compiler.seconds, time.perf_counter()
+        looked = self.step
         while self.step < until and signals.received is None:
             size = chunk if self.step + chunk <= until else 1
             rows = indices[self.step - first : self.step - first + size]
@@ -147,9 +152,16 @@ class _Run:
             self.state = dispatch(*arguments)
             self.step += size
             self._heartbeat()
-        jax.block_until_ready(self.state)
+            if self.step - looked >= config.train.max_nonfinite:
+                looked = self.step
+                if self._diverged():
+                    break
+        self.step = int(self.state.step)
         compiling = self.compiler.seconds - compiled_before
         self.train_seconds += time.perf_counter() - start - compiling
+
+    def _diverged(self) -> bool:
+        return bool(self.state.health.diverged)
 
     def _heartbeat(self) -> None:
         if self.progress and time.perf_counter() - self.last_sign > HEARTBEAT_SECONDS:

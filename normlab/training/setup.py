@@ -3,6 +3,7 @@ data is read and anything compiled.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from normlab import models, optim
-from normlab.config import RunLength, identity, run_id
+from normlab.config import RunLength, flatten, identity, run_id
 from normlab.data import DatasetInfo, check_source, dataset_info
 from normlab.errors import UserError
 from normlab.norms import NORMS, NormFactory
@@ -88,20 +89,36 @@ def id_of(config: ConfigDict) -> str:
     return run_id(run_identity(config))
 
 
+_LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("seed", 0, 2**32 - 1),
+    ("train.max_nonfinite", 1, 2**31 - 1),
+    ("train.label_smoothing", 0.0, 1.0),
+    ("train.ema_decay", 0.0, 1.0),
+    ("eval.batch_size", 1, 2**31 - 1),
+    ("checkpoint.keep", 1, math.inf),
+    ("data.crop_padding", 0, 1024),
+    ("data.cutout_size", 0, 1024),
+    ("optim.base_lr", 0.0, math.inf),
+    ("optim.weight_decay", 0.0, math.inf),
+    ("optim.clip_norm", 0.0, math.inf),
+    ("optim.decay_factor", 0.0, 1.0),
+    ("optim.momentum", 0.0, 1.0),
+    ("optim.b1", 0.0, 1.0),
+    ("optim.b2", 0.0, 1.0),
+    ("norm.momentum", 0.0, 1.0),
+    ("norm.epsilon", 0.0, math.inf),
+    ("norm.num_groups", 1, 2**31 - 1),
+    ("norm.group_size", 1, 2**31 - 1),
+    ("norm.r_max", 1.0, math.inf),
+    ("norm.d_max", 0.0, math.inf),
+)
+"""Lowest and highest value of each numeric field, both allowed, where the config has the field."""
+
+
 def _check_numbers(config: ConfigDict) -> None:
-    limits = (
-        ("eval.batch_size", 1, None),
-        ("train.max_nonfinite", 1, None),
-        ("train.label_smoothing", 0.0, 1.0),
-        ("train.ema_decay", 0.0, 1.0),
-        ("checkpoint.keep", 1, None),
-        ("data.crop_padding", 0, None),
-        ("data.cutout_size", 0, None),
-        ("seed", 0, 2**32 - 1),
-    )
-    for name, low, high in limits:
-        section, _, key = name.rpartition(".")
-        value = (config[section] if section else config)[key]
-        if value is not None and (value < low or (high is not None and value > high)):
-            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+    fields = flatten(config)
+    for name, low, high in _LIMITS:
+        value = fields.get(name)
+        if value is not None and not low <= value <= high:
+            allowed = f"{low} or more" if math.isinf(high) else f"from {low} to {high}"
             raise UserError(f"config field {name!r} = {value} must be {allowed}")

@@ -39,27 +39,33 @@ def make_train_step(
 
     A step whose loss, gradient or new statistics are not finite changes no parameter, statistic,
     average or optimizer state; it is counted. After `max_nonfinite` of them in a row the state is
-    marked as diverged and no later step changes it.
+    marked as diverged and no later step changes it, its count of steps included.
     """
 
     def loss_function(params: Any, state: TrainState, batch: Batch) -> tuple[Array, Any]:
         images, labels = batch
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        logits, updated = model.apply(
+            variables, images, train=True, mutable=["batch_stats", "nonfinite"]
+        )
         loss = jnp.mean(cross_entropy(logits, labels, label_smoothing))
         correct = jnp.sum(jnp.argmax(logits, -1) == labels)
-        return loss, (correct.astype(jnp.int32), updated.get("batch_stats", {}))
+        batch_stats = updated.get("batch_stats", {})
+        # A normalizer keeps its state from a statistic that is not finite, and says so.
+        kept = jax.tree.leaves(updated.get("nonfinite", {}))
+        sound = _all_finite(batch_stats) & ~jnp.any(jnp.array(kept, bool))
+        return loss, (correct.astype(jnp.int32), batch_stats, sound)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         gradient_of = jax.value_and_grad(loss_function, has_aux=True)
-        (loss, (correct, batch_stats)), gradient = gradient_of(state.params, state, batch)
+        (loss, (correct, batch_stats, sound)), gradient = gradient_of(state.params, state, batch)
         gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
         rate = schedule(state.step)
         params = jax.tree.map(lambda w, u: w - rate.astype(w.dtype) * u, state.params, update)
         ema = _average(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
 
-        finite = [jnp.isfinite(loss), jnp.isfinite(gradient_norm), _all_finite(batch_stats)]
+        finite = [jnp.isfinite(loss), jnp.isfinite(gradient_norm), sound]
         accepted = jnp.all(jnp.stack(finite)) & ~state.health.diverged
         candidate = state.replace(
             params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
@@ -67,13 +73,13 @@ def make_train_step(
         state_after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate, state)
         totals = state.totals
         return state_after.replace(
-            step=state.step + 1,
+            step=state.step + ~state.health.diverged,
             totals=Totals(
                 steps=totals.steps + accepted,
                 loss=totals.loss + jnp.where(accepted, loss, 0.0),
                 correct=totals.correct + jnp.where(accepted, correct, 0),
                 gradient_norm=totals.gradient_norm + jnp.where(accepted, gradient_norm, 0.0),
-                nonfinite=totals.nonfinite + ~accepted,
+                nonfinite=totals.nonfinite + (~accepted & ~state.health.diverged),
             ),
             health=_judge(state.health, jnp.stack(finite), state.step + 1, max_nonfinite),
         )

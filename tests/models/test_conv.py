@@ -26,10 +26,10 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(conv, "_PIECE_BYTES", 2 * 6 * 6 * 3 * 8)
 
 
-def values(image=(6, 6), side=3, batch=8):
+def values(image=(6, 6), side=3, batch=8, dtype=jnp.float64):
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch, *image, 3), jnp.float64)
-    kernel = jax.random.normal(keys[1], (side, side, 3, 4), jnp.float64)
+    x = jax.random.normal(keys[0], (batch, *image, 3), dtype)
+    kernel = jax.random.normal(keys[1], (side, side, 3, 4), dtype)
     return x, kernel
 
 
@@ -92,6 +92,22 @@ def test_second_derivatives_and_vmap_go_through():
 )
 def test_pieces_divide_the_batch(batch, pieces):
     assert num_pieces(jnp.zeros((batch, 6, 6, 6), jnp.float32)) == pieces
+
+
+def test_pieces_of_bfloat16_are_summed_in_float32():
+    x, kernel = values(batch=32, dtype=jnp.float32)
+    exact = jax.grad(lambda k: jnp.sum(jnp.sin(plain(x, k, (1, 1), ((1, 1), (1, 1))))))(kernel)
+
+    def error(conv):
+        def loss(kernel):
+            y = conv(x.astype(jnp.bfloat16), kernel, (1, 1), ((1, 1), (1, 1)))
+            return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+        gradient = jax.grad(loss)(kernel.astype(jnp.bfloat16)).astype(jnp.float32)
+        return float(jnp.linalg.norm(gradient - exact) / jnp.linalg.norm(exact))
+
+    assert num_pieces(x.astype(jnp.bfloat16)) > 1
+    assert error(split) < 1.3 * error(plain)
 
 
 @pytest.mark.parametrize("choice", ["whole", "split"])

@@ -20,7 +20,7 @@ from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator
 from normlab.training.loop import train
 from normlab.training.restore import evaluate_run, restore
-from normlab.training.setup import build_parts
+from normlab.training.setup import build_parts, run_identity
 from normlab.training.state import create_state
 
 SMALL = {
@@ -303,8 +303,51 @@ def test_a_diverged_run_says_what_and_when_and_is_not_run_again(tmp_path):
     assert run.read_status(tmp_path / "run") == "diverged"
     message = json.loads((tmp_path / "run" / "status.json").read_text())["message"]
     assert "loss not finite from step" in message
-    assert result["steps"] < 40
+    # It stopped at the tenth such step in a row, wherever the next line of the log was due.
+    assert result["steps"] == result["diverged_step"] + 9
+    assert lines(tmp_path / "run")[-1]["step"] == result["steps"]
     assert train(config, tmp_path / "run") == result
+    # Its last good weights are kept, for `normlab eval`.
+    metrics = evaluate_run(tmp_path / "run")
+    assert metrics["test_accuracy"] == pytest.approx(result["test_accuracy"])
+
+
+def test_a_duration_below_a_step_means_every_step(tmp_path):
+    train(
+        small(eval__every_steps=None, eval__every_epochs=0.01, train__num_steps=3), tmp_path / "run"
+    )
+    tested = [line["step"] for line in lines(tmp_path / "run") if line["split"] == "test"]
+    assert tested == [1, 2, 3]
+
+
+def test_a_folder_whose_run_was_refused_for_its_data_is_free(tmp_path):
+    config = load_config("configs/mnist.py", {"data.path": str(tmp_path / "nothing")})
+    run.open_folder(tmp_path / "run", run_identity(config))
+    other = small()
+    train(other, tmp_path / "run")
+    assert run.read_status(tmp_path / "run") == "done"
+
+
+def test_a_damaged_result_is_named_and_kept(tmp_path):
+    train(small(), tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"result\.json has status None"):
+        train(small(), tmp_path / "run")
+
+
+def test_a_torn_line_of_a_log_does_not_stop_a_run(tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(step, _total, line):
+        if line and (step, line["split"]) == (10, "train"):
+            raise Cut
+
+    with pytest.raises(Cut):
+        train(small(), tmp_path / "run", progress=cut)
+    timing = tmp_path / "run" / "timing.jsonl"
+    timing.write_text("\x00\x00{torn\n" + timing.read_text())
+    assert train(small(), tmp_path / "run")["status"] == "done"
 
 
 # Folders

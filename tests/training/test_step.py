@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from normlab.config import load_config
+from normlab.models.activations import relu
 from normlab.training.parallel import Compiler
 from normlab.training.setup import build_parts
 from normlab.training.state import CULPRITS, create_state
@@ -94,6 +95,31 @@ def test_the_run_is_diverged_after_k_such_steps_in_a_row_and_stands_still():
     after = step(state, batch(1))
     assert bool(after.health.diverged)
     assert same(after.params, state.params)
+    # 1 good step and 3 bad ones were taken; what came after diverging is no step.
+    assert (int(after.step), int(after.totals.nonfinite)) == (4, 3)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "batch_renorm"])
+def test_an_overflowing_statistic_is_found_though_loss_and_gradient_are_finite(norm):
+    """1e20² is more than float32 holds: the variance is infinite, and x̂ = x/∞ = 0 is not."""
+    parts = parts_of(norm)
+    step = stepper(parts)
+    state = step(create_state(parts, Compiler()), batch())
+    images, labels = batch(1)
+    after = step(state, (1e20 * images, labels))
+    assert CULPRITS[int(after.health.culprit)] == "batch_stats"
+    assert int(after.totals.nonfinite) == 1
+    assert same(after.params, state.params)
+    assert same(after.batch_stats, state.batch_stats)
+
+
+def test_relu_keeps_nan():
+    """XLA's maximum on a CPU may not, and the loss of a broken network would be finite."""
+    x = jnp.asarray([jnp.nan, -1.0, 0.0, 2.0])
+    y, gradient = jax.jit(jax.value_and_grad(lambda x: relu(x)[1:].sum()))(x)
+    assert float(y) == 2.0
+    np.testing.assert_array_equal(gradient, [0, 0, 0, 1])
+    assert bool(jnp.isnan(jax.jit(lambda x: relu(2 * x).sum())(x)))
 
 
 def test_two_short_streaks_are_not_a_long_one():
