@@ -139,9 +139,14 @@ def group_batch(module: nn.Module, x: Array, mask: Array | None) -> GroupedBatch
     return GroupedBatch(values, shift, together, local, grouping, mask is not None)
 
 
+def gathers_moments(module: nn.Module) -> bool:
+    """True in a pass that gathers the moments of a data set (`sow_moments`)."""
+    return module.is_mutable_collection("batch_moments") and not module.is_initializing()
+
+
 def sow_moments(module: nn.Module, batch: GroupedBatch) -> None:
     """Leaves the moments [C] of the whole batch in the collection `batch_moments`, if asked for."""
-    if not module.is_mutable_collection("batch_moments"):
+    if not gathers_moments(module):
         return
     total = pool_moments(batch.local, tuple(range(batch.local.mean.ndim - 1)))
     if batch.grouping.axis_name is not None:

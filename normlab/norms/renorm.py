@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, affine, normalize, statistics_dtype
-from normlab.norms.groups import group_batch, moving_averages, sow_moments
+from normlab.norms.groups import gathers_moments, group_batch, moving_averages, sow_moments
 from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
 
@@ -75,7 +75,8 @@ class BatchRenorm(Normalizer):
         # An empty group has r = 1 and d = 0.
         group_mean = batch.unless_empty(new["mean"], mean.value)
         group_sigma = batch.unless_empty(new["sigma"], sigma.value)
-        r_max, d_max = self.limits(step.value)
+        # Moments gathered for a new state must not be those under the state that they replace.
+        r_max, d_max = (1, 0) if gathers_moments(self) else self.limits(step.value)
         r = jnp.clip(group_sigma / sigma.value, 1 / r_max, r_max)
         d = jnp.clip((group_mean - mean.value) / sigma.value, -d_max, d_max)
         r, d = jax.lax.stop_gradient((r, d))

@@ -245,6 +245,24 @@ def test_recomputed_statistics_are_the_training_sets_own(evaluator):
     assert not np.allclose(variables["batch_stats"]["norm1"]["var"], values.var(0), rtol=1e-2)
 
 
+@pytest.mark.parametrize("norm", ["batch_norm", "batch_renorm"])
+def test_recomputed_statistics_do_not_depend_on_the_running_ones(norm):
+    """Or a layer's moments would be those under statistics that are about to be replaced."""
+    ramp = {f"norm.{name}_fraction": 0.0 for name in ("ramp_start", "r_ramp_end", "d_ramp_end")}
+    parts = build_parts(small(norm, **(ramp if norm == "batch_renorm" else {})))
+    compiler = parallel.Compiler()
+    variables = create_state(parts, compiler).variables()
+    data = load(parts.config.data)
+    examples = jax.numpy.asarray(data.train.images), jax.numpy.asarray(data.train.labels)
+    made = Evaluator(parts.model, parts.info, parallel.make_mesh(), compiler)
+    other = variables | {"batch_stats": jax.tree.map(lambda x: 2 * x + 1, variables["batch_stats"])}
+    found = [made.recompute(start, examples, 64, parts.norm.module) for start in (variables, other)]
+    for layer in ("norm1", "norm2"):
+        for name in ("mean", "var" if norm == "batch_norm" else "sigma"):
+            a, b = (new["batch_stats"][layer][name] for new in found)
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_evaluating_a_finished_run_gives_its_result(finished):
     folder, result = finished
     again = evaluate_run(folder)
