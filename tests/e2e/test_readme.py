@@ -82,7 +82,7 @@ def test_the_commands(checkout):
 def test_the_demo(tmp_path):
     """The command of `make demo` with one seed and small nets: 14 runs of the 42."""
     dry = subprocess.run(
-        ["make", "--dry-run", "--assume-old=.venv/installed", "demo"],
+        ["make", "--dry-run", "--no-print-directory", "--assume-old=.venv/installed", "demo"],
         cwd=ROOT,
         capture_output=True,
         text=True,
