@@ -6,7 +6,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from normlab.config import (
-    RunLength,
     apply_overrides,
     field_type,
     flatten,
@@ -21,6 +20,7 @@ from normlab.errors import UserError
 from normlab.models import MODELS
 from normlab.norms import NORMS
 from normlab.optim import OPTIMIZERS
+from normlab.run_length import RunLength
 
 CONFIGS = sorted(
     path.stem for path in Path("configs").glob("*.py") if path.stem not in ("__init__", "base")

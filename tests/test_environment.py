@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from normlab import environment, sweep
+from normlab import environment, pool
 from normlab.environment import (
     entry_environment,
     has_accelerator,
@@ -48,10 +48,10 @@ def test_processes_that_share_a_gpu_take_memory_as_needed_unless_the_user_says_o
 def test_the_platform_decides_whether_there_is_an_accelerator(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert not has_accelerator()
-    assert sweep.default_jobs(1) == len(os.sched_getaffinity(0))
+    assert pool.default_jobs(1) == len(os.sched_getaffinity(0))
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     assert has_accelerator()
-    assert sweep.default_jobs(1) == 1  # sixteen cores would else start sixteen runs on one GPU
+    assert pool.default_jobs(1) == 1  # sixteen cores would else start sixteen runs on one GPU
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     assert not has_accelerator()
@@ -72,7 +72,7 @@ def test_importing_normlab_and_its_report_imports_nothing_heavy():
 
 def test_training_imports_no_tensorflow_and_no_backend_of_data_it_does_not_use():
     code = (
-        "import sys, normlab.training.loop, normlab.training.restore, normlab.sweep\n"
+        "import sys, normlab.training.loop, normlab.training.restore, normlab.pool\n"
         "from normlab.config import load_config\n"
         "from normlab.training.setup import build_parts\n"
         "build_parts(load_config('configs/cifar10.py'), need_data=False)\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from normlab import run, sweep
+from normlab import pool, run, sweep
 from normlab.errors import UserError
 
 TINY = {
@@ -35,7 +35,7 @@ def plan_of(norms=("none", "batch_norm"), settings=None, seeds=(0,), **overrides
 def execute(plan, folder, jobs=2):
     sweep.write_plan(plan, folder)
     events = []
-    states = sweep.run_plan(plan, folder, jobs, 1, events.append)
+    states = pool.run_plan(plan, folder, jobs, 1, events.append)
     return states, events
 
 
@@ -169,11 +169,11 @@ def test_a_failed_run_is_retried_and_the_others_go_on(tmp_path):
     sweep.write_plan(plan, folder)
     (folder / victim).mkdir()
     (folder / victim / "stranger").write_text("in the way")
-    states = sweep.run_plan(plan, folder, 1, 1, lambda event: None)
+    states = pool.run_plan(plan, folder, 1, 1, lambda event: None)
     assert states == {plan.runs[0].id: "failed", plan.runs[1].id: "done"}
     assert (folder / victim / "stranger").read_text() == "in the way"
     (folder / victim / "stranger").unlink()
-    states = sweep.run_plan(plan, folder, 1, 1, lambda event: None)
+    states = pool.run_plan(plan, folder, 1, 1, lambda event: None)
     assert set(states.values()) == {"done"}
 
 
@@ -193,7 +193,7 @@ def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
             killed.append(pid_of_worker())
             os.kill(killed[0], signal.SIGKILL)
 
-    states = sweep.run_plan(plan, tmp_path, 1, 1, kill_once)
+    states = pool.run_plan(plan, tmp_path, 1, 1, kill_once)
     assert killed
     assert set(states.values()) == {"done"}
     resumed = [(tmp_path / run_id / "log.txt").read_text() for run_id in states]
@@ -202,7 +202,7 @@ def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
     other = tmp_path.with_name(tmp_path.name + "-whole")
     other.mkdir()
     sweep.write_plan(plan, other)
-    sweep.run_plan(plan, other, 1, 1, lambda event: None)
+    pool.run_plan(plan, other, 1, 1, lambda event: None)
     for run_id in states:
         assert (tmp_path / run_id / "metrics.jsonl").read_bytes() == (
             other / run_id / "metrics.jsonl"

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Plans, runs what is not done, reports; returns 0 if every run ended done or diverged."""
-    from normlab import report, sweep
+    from normlab import pool, report, sweep
     from normlab.cli.progress import show_progress
 
     settings = dict(_setting(text) for text in args.setting) or {"base": {}}
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     with sweep.held(folder):
         sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
         with show_progress(sys.stdout) as progress:
-            states = sweep.run_plan(plan, folder, args.jobs, args.threads, progress)
+            states = pool.run_plan(plan, folder, args.jobs, args.threads, progress)
     results = report.load(folder)
     paths = report.write(folder, results)
     report.show(results, sys.stdout)

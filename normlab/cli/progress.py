@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO
 
-from normlab.sweep import Event
+from normlab.pool import Event
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from normlab.config import RunLength
 from normlab.data.info import dataset_info
 from normlab.errors import unknown
 from normlab.models.activations import ACTIVATIONS
@@ -30,6 +29,7 @@ from normlab.models.resnet_cifar import (
     ResNet110,
 )
 from normlab.norms import make_norm
+from normlab.run_length import RunLength
 
 MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,

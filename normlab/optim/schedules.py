@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from normlab.config import RunLength
 from normlab.errors import UserError, unknown
+from normlab.run_length import RunLength
 
 Schedule = Callable[[Array | int], Array]
 

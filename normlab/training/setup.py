@@ -13,11 +13,12 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from normlab import models, optim
-from normlab.config import RunLength, flatten, identity, run_id
+from normlab.config import flatten, identity, run_id
 from normlab.data import DatasetInfo, check_source, dataset_info
 from normlab.errors import UserError
 from normlab.norms import NORMS, NormFactory
 from normlab.optim.schedules import Schedule
+from normlab.run_length import RunLength
 from normlab.training import parallel
 
 

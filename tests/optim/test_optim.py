@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normlab.config import RunLength, load_config
+from normlab.config import load_config
 from normlab.errors import UserError
 from normlab.optim import build_direction, build_schedule, peak_learning_rate, role_mask, roles
+from normlab.run_length import RunLength
 
 
 def config_of(optimizer="sgd", **fields):
