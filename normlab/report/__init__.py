@@ -29,8 +29,8 @@ def write(directory: Path, sweep: Sweep | None = None) -> Paths:
     is nothing to report on, MachineFault if a file cannot be written.
     """
     from normlab.report.document import markdown
+    from normlab.report.drawing import csv_text
     from normlab.report.page import html
-    from normlab.report.tables import csv_text
     from normlab.run import write_text
 
     directory = Path(directory)
@@ -48,10 +48,10 @@ def write(directory: Path, sweep: Sweep | None = None) -> Paths:
 
 def show(sweep: Sweep, stream: TextIO) -> None:
     """Prints the summary, the table and what to beware of: rich on a terminal, else plain text."""
-    from normlab.report import notes, tables
+    from normlab.report import drawing, notes, tables
 
-    tables.say(notes.summary(sweep)[0], stream)
-    tables.show(tables.headline(sweep), stream)
-    tables.say(notes.HEADLINE, stream)
+    drawing.say(notes.summary(sweep)[0], stream)
+    drawing.show(tables.headline(sweep), stream)
+    drawing.say(notes.HEADLINE, stream)
     for sentence in [*notes.footnotes(sweep), *notes.warnings(sweep)]:
-        tables.say(sentence, stream)
+        drawing.say(sentence, stream)

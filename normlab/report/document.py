@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 from normlab.report import notes, tables
+from normlab.report.differences import baseline_of, differences
+from normlab.report.drawing import escape_markdown, markdown_table
 from normlab.report.rows import Sweep
-from normlab.report.tables import escape_markdown, markdown_table
 
 
 def markdown(sweep: Sweep) -> str:
@@ -28,6 +29,7 @@ def markdown(sweep: Sweep) -> str:
         escape_markdown(notes.HEADLINE),
         markdown_table(tables.headline(sweep)),
         _list(settings),
+        *_differences(sweep),
         "## Evaluations and cost",
         escape_markdown(notes.COSTS),
         markdown_table(tables.costs(sweep)),
@@ -42,6 +44,14 @@ def markdown(sweep: Sweep) -> str:
         markdown_table(tables.run_list(sweep)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _differences(sweep: Sweep) -> list[str]:
+    table = differences(sweep)
+    if not table.rows:
+        return []
+    caption = notes.differences(baseline_of(sweep), len(table.rows))
+    return ["## Paired differences", escape_markdown(caption), markdown_table(table)]
 
 
 def _list(sentences: Iterable[str]) -> str:

@@ -92,6 +92,23 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def pairing(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {what: hash} of what paired runs share: the data, its order, initial values.
+
+    A parameter's shape is part of its name: one that differs in shape is not the same parameter.
+    """
+    names = {"data_fingerprint": "data", "data_order_hash": "data order"}
+    found = {
+        name: one_line(manifest[field]) for field, name in names.items() if manifest.get(field)
+    }
+    initial = manifest.get("init_hashes")
+    if isinstance(initial, dict):
+        for name, value in initial.items():
+            shape, _, digits = str(value).rpartition(" ")
+            found[one_line(f"initial {name} {shape}").strip()] = digits
+    return found
+
+
 # Values ------------------------------------------------------------------------------------------
 
 

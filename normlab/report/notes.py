@@ -6,16 +6,30 @@ from typing import Any
 
 from normlab.report.files import flatten, one_line, plain_text
 from normlab.report.rows import Sweep
+from normlab.report.statistics import CONFIDENCE
 from normlab.report.tables import DAGGER, MEASURED, NOTHING, count_states
 
 HEADLINE = (
     "Percent; mean over seeds ± half-width of the 95% t interval; n seeds; running statistics."
+)
+DIFFERENCES = (
+    "Test accuracy minus that of {baseline}, in points, seed by seed: two runs of a seed share "
+    "data order, augmentation and the initial values of common parameters. Mean ± half-width of "
+    "the t interval at {level:.2f}%, so that 95% holds for all {count} together (Bonferroni). "
+    "Bold: the interval excludes zero. Otherwise: how many more seeds give an 80% chance of it, "
+    "should difference and spread be as seen; from few seeds, a rough guess."
 )
 COSTS = (
     "Test accuracy in percent with running, batch and recomputed statistics, as above; "
     "times are medians over runs."
 )
 _MOST = 12  # items of one kind that are listed; the rest is counted
+
+
+def differences(baseline: str, comparisons: int) -> str:
+    """Returns what the table of paired differences shows."""
+    level = 100 * (1 - (1 - CONFIDENCE) / comparisons)
+    return DIFFERENCES.format(baseline=baseline, level=level, count=comparisons)
 
 
 def title(sweep: Sweep) -> str:
@@ -122,8 +136,8 @@ def reading(sweep: Sweep) -> list[str]:
         "3 seeds, 1.24 for 5, 0.72 for 10. One seed has no interval. A t interval knows no bounds "
         "and can pass 0% or 100%.",
         "The interval covers other seeds (initial values, order of the data) on this same test "
-        "set, not other test sets. No winner is declared: overlapping intervals prove no equality, "
-        "and the largest of many means is partly luck.",
+        "set, not other test sets. Overlapping intervals prove no equality, and the largest of "
+        "many means is partly luck: the paired differences decide.",
         "A diverged run counts with the accuracy that it had when it stopped, and its cell says "
         "so, e.g. 1/3 diverged. Without such a measurement it is missing from the mean, which then "
         "flatters: read the mark with it. Failed, interrupted, running and planned runs are in no "

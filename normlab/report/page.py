@@ -7,6 +7,7 @@ the figures', which hold no text from there.
 from html import escape
 
 from normlab.report import notes, plots, tables
+from normlab.report.differences import baseline_of, differences
 from normlab.report.rows import Sweep
 from normlab.report.style import style_sheet
 from normlab.report.tables import Cell, Table
@@ -26,6 +27,7 @@ def html(sweep: Sweep) -> str:
         f'<p class="muted">{notes.HEADLINE}</p>',
         _table(tables.headline(sweep), "headline", under=_overrides(sweep)),
         _curves(sweep),
+        _differences(sweep),
         "<h2>Evaluations and cost</h2>",
         f'<p class="muted">{notes.COSTS}</p>',
         _table(tables.costs(sweep), "costs"),
@@ -76,6 +78,15 @@ def _curves(sweep: Sweep) -> str:
         f'<h2>Learning curves</h2>\n<p class="muted">{plots.CAPTION}</p>\n'
         f'<ul class="legend">{legend}</ul>\n<div class="panels">{figures}</div>'
     )
+
+
+def _differences(sweep: Sweep) -> str:
+    table = differences(sweep)
+    if not table.rows:
+        return ""
+    caption = escape(notes.differences(baseline_of(sweep), len(table.rows)))
+    drawn = _table(table, "differences")
+    return f'<h2>Paired differences</h2>\n<p class="muted">{caption}</p>\n{drawn}'
 
 
 def _provenance(sweep: Sweep) -> str:
@@ -140,7 +151,7 @@ def _cell(cell: Cell) -> str:
     text = escape(cell.text)
     if cell.link:
         text = f'<a href="{escape(cell.link)}">{text}</a>'
-    kind = f"value {cell.state}" if cell.state else "value"
+    kind = " ".join(filter(None, ("value", cell.state, "strong" if cell.strong else "")))
     parts = [f'<span class="{kind}">{text}</span>']
     if cell.spread:
         parts.append(f'<span class="spread">± {escape(cell.spread)}</span>')

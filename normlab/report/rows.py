@@ -18,6 +18,7 @@ from normlab.report.files import (
     flatten,
     integer,
     one_line,
+    pairing,
     plain_text,
     provenance,
     read_curve,
@@ -51,6 +52,7 @@ class Row:
     curve: tuple[tuple[int, float], ...] = ()  # (steps, test accuracy as a fraction), by step
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)  # commit, versions, devices, ...
+    pairing: Mapping[str, str] = field(default_factory=dict)  # what runs of one seed share: hashes
     notes: tuple[str, ...] = ()  # faults of the run's files, one line each
 
     def number(self, name: str) -> float | None:
@@ -284,6 +286,7 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
         curve=read_curve(path / "metrics.jsonl", notes, required=finished),
         config=read_json(path / "config.json", notes),
         provenance=provenance(manifest),
+        pairing=pairing(manifest),
         notes=tuple(notes),
     )
 

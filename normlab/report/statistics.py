@@ -5,7 +5,7 @@ t(0.975, n-1) * s / sqrt(n) of the truth in 95% of experiments. At n = 3 the fac
 such an interval is wide by design: three seeds say little, and the interval says so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -18,10 +18,10 @@ class Summary:
     n: int  # number of values
     mean: float | None  # None if n = 0
     std: float | None  # with n - 1 in the denominator; None if n < 2
-    half_width: float | None  # of the 95% t interval of the mean; None if n < 2
+    half_width: float | None  # of the t interval of the mean (95% unless asked); None if n < 2
 
 
-def summarize(values: Iterable[float]) -> Summary:
+def summarize(values: Iterable[float], confidence: float = CONFIDENCE) -> Summary:
     """Returns the summary of finite `values`, one per seed."""
     import numpy as np
 
@@ -33,7 +33,7 @@ def summarize(values: Iterable[float]) -> Summary:
     if n == 1:
         return Summary(1, mean, None, None)
     std = float(array.std(ddof=1))
-    return Summary(n, mean, std, t_quantile((1 + CONFIDENCE) / 2, n - 1) * std / n**0.5)
+    return Summary(n, mean, std, t_quantile((1 + confidence) / 2, n - 1) * std / n**0.5)
 
 
 def t_quantile(probability: float, degrees_of_freedom: int) -> float:
@@ -42,3 +42,66 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, probability))
+
+
+# Paired comparison -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences a − b over seeds that both have, in the unit of the values."""
+
+    n: int  # seeds in both
+    mean: float | None  # None if n = 0
+    std: float | None  # of the differences, n - 1 in the denominator; None if n < 2
+    half_width: float | None  # of the t interval at `confidence`; None if n < 2
+    confidence: float  # of this interval: 1 − 0.05 / number of comparisons (Bonferroni)
+
+    @property
+    def decided(self) -> bool:
+        """True if the interval excludes zero."""
+        return (
+            self.mean is not None
+            and self.half_width is not None
+            and abs(self.mean) > self.half_width
+        )
+
+
+def paired_difference(
+    a: Mapping[int, float], b: Mapping[int, float], comparisons: int = 1
+) -> Difference:
+    """Returns the paired difference a − b of {seed: value}, over the seeds that both have.
+
+    Seeds share data order, augmentation and initial values, so what a seed does to both drops out.
+    With `comparisons` intervals in one family, each is at 1 − 0.05/comparisons: the chance that
+    any of them misses its truth is at most 5% (Bonferroni; Dunn 1961).
+    """
+    confidence = 1 - (1 - CONFIDENCE) / comparisons
+    summary = summarize((a[seed] - b[seed] for seed in a if seed in b), confidence)
+    return Difference(summary.n, summary.mean, summary.std, summary.half_width, confidence)
+
+
+def seeds_needed(difference: Difference, power: float = 0.8, limit: int = 10_000) -> int | None:
+    """Returns the smallest n at which a difference as seen is decided with probability `power`.
+
+    The usual approximation for a paired t test (Student 1908; Guenther 1981): the smallest n with
+    |mean| ≥ (t(1 − α/2, n − 1) + t(power, n − 1)) · std / √n. None if the difference is zero, is
+    not known (n < 2), or takes more than `limit` seeds. The observed mean and spread stand for the
+    true ones, so with few seeds this is a rough guide and no promise.
+    """
+    if not difference.mean or difference.std is None:
+        return None
+    tail = (1 + difference.confidence) / 2
+    effect = abs(difference.mean) / difference.std if difference.std else float("inf")
+
+    def enough(n: int) -> bool:
+        factor = t_quantile(tail, n - 1) + t_quantile(power, n - 1)
+        return effect >= factor / n**0.5
+
+    if not enough(limit):
+        return None
+    low, high = 1, limit  # enough(high) holds; below 2 there is no interval
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

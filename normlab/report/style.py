@@ -100,6 +100,7 @@ th.words:first-child{position:sticky;left:0;background:var(--card)}
 .group span{position:sticky;left:.6rem}
 .diverged,.failed{color:var(--bad);font-weight:600}
 .interrupted,.running{color:var(--wait);font-weight:600}
+.strong{font-weight:700}
 .planned{color:var(--muted)}
 .done{color:var(--good)}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;margin:.7rem 0;padding:0;list-style:none;

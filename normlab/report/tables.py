@@ -1,16 +1,8 @@
-"""Rows to tables, and tables to Markdown, CSV and the terminal.
+"""Rows to tables: what stands in each cell. `drawing`, `document` and `page` show them."""
 
-A table is settled once (`headline`, `costs`, `run_list`); the page, the Markdown file and the
-terminal only draw it.
-"""
-
-import csv
-import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 from urllib.parse import quote
 
 from normlab.report.rows import STATES, Row, Sweep
@@ -22,20 +14,6 @@ MEASURED = ("done", "diverged")
 """States whose final accuracy, if there is one, counts: a diverged run's does, or a normalizer
 that diverges now and then would be judged by its lucky seeds."""
 
-_RESULT_ORDER = (
-    "test_accuracy",
-    "test_accuracy_batch_statistics",
-    "test_accuracy_recomputed_statistics",
-    "test_loss",
-    "train_loss",
-    "steps",
-    "step_seconds",
-    "compile_seconds",
-    "seconds",
-    "examples_per_second",
-    "num_params",
-)
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -45,6 +23,7 @@ class Cell:
     spread: str = ""  # half-width of the interval
     detail: str = ""  # n, and the dagger of a shared run
     marks: tuple[str, ...] = ()  # what a reader must not miss: "1/3 diverged"
+    strong: bool = False  # the statistics say so
     link: str = ""  # relative address
     state: str = ""  # one of STATES, for the page's colours
 
@@ -62,9 +41,6 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     num_names: int = 1
     words: frozenset[int] = frozenset({0})  # places of the columns of words; the rest are numbers
-
-
-# The tables --------------------------------------------------------------------------------------
 
 
 def headline(sweep: Sweep) -> Table:
@@ -228,85 +204,3 @@ def significant(value: float) -> str:
     """Returns a positive number with three significant digits, without an exponent."""
     decimals = next((d for d, limit in ((0, 99.95), (1, 9.995), (2, 0.9995)) if value >= limit), 3)
     return f"{value:,.{decimals}f}"
-
-
-# Drawing them ------------------------------------------------------------------------------------
-
-
-def markdown_table(table: Table) -> str:
-    """Returns a table of GitHub's Markdown; names cannot break out of their cell."""
-    aligned = ["---" if index in table.words else "--:" for index in range(len(table.columns))]
-    lines = [map(escape_markdown, table.columns), aligned]
-    lines += [map(_markdown_cell, row) for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = escape_markdown(str(cell))
-    return f"[{text}]({cell.link})" if cell.link else text
-
-
-def escape_markdown(text: str) -> str:
-    """Returns text that Markdown shows as it stands."""
-    for char in "\\`*[]|~$":
-        text = text.replace(char, f"\\{char}")
-    # Inside a word an underscore means nothing, and batch_norm reads better than batch\_norm.
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def csv_text(sweep: Sweep) -> str:
-    """Returns one line per run and setting, full precision, every label, metric and version."""
-    labels = list(dict.fromkeys(key for row in sweep.rows for key in row.labels))
-    found = {key for row in sweep.rows for key in row.result}
-    metrics = [*(key for key in _RESULT_ORDER if key in found), *sorted(found - {*_RESULT_ORDER})]
-    made_with = list(dict.fromkeys(key for row in sweep.rows for key in row.provenance))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    what = ("setting", "norm", "seed", "id", "shared_with", "state", "step")
-    versions = [key.replace(" ", "_") for key in made_with]
-    writer.writerow([*what, *labels, *metrics, *versions, "message", "notes"])
-    for row in sweep.rows:
-        line = [getattr(row, name) for name in what]
-        line += [row.labels.get(key, "") for key in labels]
-        line += [row.result.get(key, "") for key in metrics]
-        line += [row.provenance.get(key, "") for key in made_with]
-        writer.writerow([*line, row.message, "; ".join(row.notes)])
-    return stream.getvalue()
-
-
-def show(table: Table, stream: TextIO) -> None:
-    """Prints a table: through rich on a terminal, aligned plain text elsewhere."""
-    if stream.isatty():
-        _show_rich(table, stream)
-        return
-    grid = [list(table.columns), *([str(cell) for cell in row] for row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for line in grid:
-        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        say("  ".join(padded).rstrip(), stream)
-
-
-def say(line: str, stream: TextIO) -> None:
-    """Prints a line, with `?` for what the stream's encoding has no character for."""
-    encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-
-
-def _show_rich(table: Table, stream: TextIO) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(box=box.SIMPLE_HEAD, header_style="bold")
-    for index, column in enumerate(table.columns):
-        drawn.add_column(Text(column), style="bold" if index < table.num_names else "")
-    for row in table.rows:
-        # Text, not str: rich would read square brackets in a name as markup.
-        drawn.add_row(*(Text(str(cell), style="red" if _alarms(cell) else "") for cell in row))
-    Console(file=stream).print(drawn)
-
-
-def _alarms(cell: Cell) -> bool:
-    return bool(cell.marks) or cell.state in ("diverged", "failed")

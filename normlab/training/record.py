@@ -19,15 +19,19 @@ _LOG = logging.getLogger(__name__)
 
 
 def init_hashes(params: Any) -> dict[str, str]:
-    """Returns {parameter path: 12 hex digits of the SHA-256 of its initial bytes}.
+    """Returns {parameter path: "3x3x16x32 " and 12 hex digits of its initial bytes' SHA-256}.
 
     Two variants of one seed have equal digits for every parameter they share: the proof of pairing.
     """
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     return {
-        name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
+        name: f"{'x'.join(map(str, array.shape))} {_digits(array)}"
         for name, array in sorted(flat.items())
     }
+
+
+def _digits(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
 
 
 def describe_run(

@@ -2,11 +2,18 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from normlab.report.notes import reading
 from normlab.report.rows import load
-from normlab.report.statistics import summarize, t_quantile
+from normlab.report.statistics import (
+    Difference,
+    paired_difference,
+    seeds_needed,
+    summarize,
+    t_quantile,
+)
 
 
 def test_three_values():
@@ -57,3 +64,98 @@ def test_the_page_tells_the_true_width_of_intervals(make_sweep, tmp_path):
     assert told
     widths = [f"{t_quantile(0.975, n - 1) / n**0.5:.2f}" for n in (3, 5, 10)]
     assert list(told.groups()) == widths
+
+
+# Paired comparison -------------------------------------------------------------------------------
+
+
+def test_a_paired_difference_by_hand():
+    a, b = {0: 99.0, 1: 98.0, 2: 97.0, 7: 50.0}, {2: 96.0, 1: 97.5, 0: 98.5, 9: 10.0}
+    difference = paired_difference(a, b)
+    # Seeds 0, 1, 2 are in both: 0.5, 0.5, 1.0; mean 2/3, std √(1/12) = 0.288675,
+    # half-width 4.302653 · 0.288675 / √3 = 0.717109: not decided.
+    assert difference.n == 3
+    assert difference.mean == pytest.approx(2 / 3)
+    assert difference.half_width == pytest.approx(0.717109, abs=1e-6)
+    assert not difference.decided
+
+
+def test_pairing_decides_what_means_alone_do_not():
+    """Two series far apart between seeds, and always 0.1 apart within one."""
+    a = {0: 90.1, 1: 95.1, 2: 99.12}
+    b = {0: 90.0, 1: 95.0, 2: 99.0}
+    assert paired_difference(a, b).decided
+    assert summarize(a.values()).half_width > 10
+
+
+def test_many_comparisons_widen_every_interval():
+    a, b = {0: 1.0, 1: 2.0, 2: 3.5}, {0: 0.0, 1: 0.5, 2: 2.5}
+    alone, among_five = paired_difference(a, b), paired_difference(a, b, comparisons=5)
+    assert among_five.confidence == pytest.approx(0.99)
+    # t(0.995, 2) / t(0.975, 2) = 9.924843 / 4.302653
+    ratio = among_five.half_width / alone.half_width
+    assert ratio == pytest.approx(9.924843 / 4.302653, rel=1e-6)
+
+
+def test_one_seed_or_none_decides_nothing():
+    assert not paired_difference({0: 9.0}, {0: 1.0}).decided
+    nothing = paired_difference({0: 9.0}, {1: 1.0})
+    assert (nothing.n, nothing.mean, nothing.decided) == (0, None, False)
+    assert seeds_needed(nothing) is None
+
+
+@pytest.mark.parametrize(
+    ("effect", "seeds"),
+    # Sample sizes of the two-sided paired t test at α = 0.05, power 0.8 (Cohen 1988 and G*Power:
+    # 34 for d = 0.5, 15 for 0.8, 10 for 1.0; 199 for 0.2).
+    [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)],
+)
+def test_seeds_needed_are_the_tables(effect, seeds):
+    difference = Difference(n=3, mean=effect, std=1.0, half_width=9.0, confidence=0.95)
+    assert seeds_needed(difference) == pytest.approx(seeds, abs=1)
+
+
+def test_no_number_of_seeds_decides_a_difference_of_zero():
+    assert seeds_needed(paired_difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0})) is None
+
+
+def half_widths(samples, confidence=0.95):
+    """t intervals of many samples at once: the arithmetic of `summarize`, over rows."""
+    n = samples.shape[1]
+    factor = t_quantile((1 + confidence) / 2, n - 1) / n**0.5
+    return factor * samples.std(axis=1, ddof=1)
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_intervals_cover_the_truth_as_often_as_they_say(n):
+    samples = np.random.default_rng(0).normal(7.0, 2.0, (20_000, n))
+    first = summarize(samples[0])
+    assert half_widths(samples)[0] == pytest.approx(first.half_width)
+    covered = np.abs(samples.mean(axis=1) - 7.0) <= half_widths(samples)
+    assert covered.mean() == pytest.approx(0.95, abs=0.005)  # 0.0015 is one standard error
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_equals_are_declared_different_no_more_often_than_stated(n):
+    """Six equal normalizers, the other five each against one, 4,000 times over."""
+    draw = np.random.default_rng(1)
+    seed_effect = draw.normal(size=(4000, 1, n))
+    scores = 95 + seed_effect + 0.3 * draw.normal(size=(4000, 6, n))
+    wrong = plain = 0
+    for table in scores:
+        series = [dict(enumerate(row)) for row in table]
+        corrected = [paired_difference(row, series[0], comparisons=5) for row in series[1:]]
+        wrong += any(difference.decided for difference in corrected)
+        differences = table[1:] - table[0]
+        plain += bool((np.abs(differences.mean(1)) > half_widths(differences)).any())
+    assert wrong / 4000 <= 0.05 + 0.01
+    assert plain / 4000 > 0.10  # without the correction it would be more often than stated
+
+
+def test_the_stated_power_is_about_what_the_seeds_buy():
+    """With as many seeds as asked for, 80% of experiments decide."""
+    difference = Difference(n=3, mean=0.8, std=1.0, half_width=9.0, confidence=0.95)
+    n = seeds_needed(difference)
+    samples = np.random.default_rng(2).normal(0.8, 1.0, (20_000, n))
+    decided = np.abs(samples.mean(axis=1)) > half_widths(samples)
+    assert decided.mean() == pytest.approx(0.8, abs=0.03)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from normlab.report import tables
+from normlab.report import drawing, tables
 from normlab.report.document import markdown
 from normlab.report.notes import footnotes, summary
 from normlab.report.rows import load
@@ -126,7 +126,7 @@ def test_seconds_have_three_significant_digits(value, text):
 
 def test_csv_has_a_line_per_run_and_setting_at_full_precision(make_sweep, tmp_path):
     sweep = load(make_sweep(tmp_path, norms=("none", "batch_norm")))
-    rows = list(csv.DictReader(io.StringIO(tables.csv_text(sweep))))
+    rows = list(csv.DictReader(io.StringIO(drawing.csv_text(sweep))))
     assert len(rows) == 18
     for line, row in zip(rows, sweep.rows, strict=True):
         assert (line["setting"], line["norm"], int(line["seed"])) == (
@@ -164,7 +164,7 @@ class Latin(io.StringIO):
 
 def test_plain_text_is_aligned(make_sweep, tmp_path):
     stream = io.StringIO()
-    tables.show(tables.headline(load(make_sweep(tmp_path))), stream)
+    drawing.show(tables.headline(load(make_sweep(tmp_path))), stream)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 7
     assert len({line.index("97.9" if "97.9" in line else "98.") for line in lines[2:5]}) == 1
@@ -172,7 +172,7 @@ def test_plain_text_is_aligned(make_sweep, tmp_path):
 
 def test_a_terminal_that_cannot_write_the_sign_gets_a_question_mark(make_sweep, tmp_path):
     stream = Latin()
-    tables.show(tables.headline(load(make_sweep(tmp_path))), stream)
+    drawing.show(tables.headline(load(make_sweep(tmp_path))), stream)
     assert "98.08 ? 0.23 n=3" in stream.getvalue()
 
 
@@ -180,7 +180,7 @@ def test_rich_reads_no_markup_in_names(make_sweep, tmp_path):
     settings, norms = {"[red]s[/red]": {}}, ("[/nonsense]",)
     sweep = load(make_sweep(tmp_path, settings=settings, norms=norms, seeds=(0,)))
     stream = Terminal()
-    tables.show(tables.headline(sweep), stream)
+    drawing.show(tables.headline(sweep), stream)
     assert "[red]s[/red]" in stream.getvalue()
     assert "[/nonsense]" in stream.getvalue()
 

@@ -1,0 +1,85 @@
+"""Each normalizer against the baseline, seed by seed, within each setting."""
+
+from collections.abc import Sequence
+
+from normlab.report.rows import Row, Sweep
+from normlab.report.statistics import Difference, paired_difference, seeds_needed
+from normlab.report.tables import DAGGER, MEASURED, Cell, Table
+
+Pair = tuple[str, str, Sequence[Row], Sequence[Row]]  # setting, normalizer, its runs, baseline's
+
+
+def differences(sweep: Sweep) -> Table:
+    """Returns, per setting, each normalizer's paired difference from the baseline in points.
+
+    The intervals are of one family: Bonferroni over all of the table's rows.
+    """
+    compared = pairs(sweep)
+    return Table(
+        columns=("setting", "normalizer", "difference (points)", "seeds", "verdict"),
+        rows=tuple(
+            (Cell(setting), Cell(norm), *_cells(runs, base, len(compared)))
+            for setting, norm, runs, base in compared
+        ),
+        num_names=2,
+        words=frozenset({0, 1, 4}),
+    )
+
+
+def baseline_of(sweep: Sweep) -> str:
+    """Returns the normalizer that the others are compared with: batch_norm, else the first."""
+    return "batch_norm" if "batch_norm" in sweep.norms else sweep.norms[0]
+
+
+def pairs(sweep: Sweep) -> list[Pair]:
+    """Returns what is compared; two cells that are both another setting's stand there alone."""
+    baseline = baseline_of(sweep)
+    found = (
+        (setting, norm, sweep.cell(setting, norm), sweep.cell(setting, baseline))
+        for setting in sweep.settings
+        for norm in sweep.norms
+        if norm != baseline
+    )
+    return [
+        pair
+        for pair in found
+        if pair[2] and pair[3] and not all(row.shared_with for row in (*pair[2], *pair[3]))
+    ]
+
+
+def _cells(runs: Sequence[Row], base: Sequence[Row], comparisons: int) -> tuple[Cell, ...]:
+    reasons = {a.seed: unpaired(a, b) for a in runs for b in base if a.seed == b.seed}
+    marks = tuple(f"seed {seed} not paired: {why}" for seed, why in reasons.items() if why)
+    ours, theirs = (
+        {
+            row.seed: 100 * accuracy
+            for row in group
+            if row.seed is not None and not reasons.get(row.seed) and row.state in MEASURED
+            if (accuracy := row.number("test_accuracy")) is not None
+        }
+        for group in (runs, base)
+    )
+    difference = paired_difference(ours, theirs, comparisons)
+    dagger = DAGGER if all(row.shared_with for row in runs) else ""
+    if difference.mean is None:
+        return Cell(detail=dagger, marks=marks), Cell("0"), Cell("no pair")
+    spread = "" if difference.half_width is None else f"{difference.half_width:.2f}"
+    value = Cell(f"{difference.mean:+.2f}", spread, dagger, marks, strong=difference.decided)
+    verdict = Cell(_verdict(difference), strong=difference.decided)
+    return value, Cell(str(difference.n)), verdict
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.mean is not None and difference.decided:
+        return "higher" if difference.mean > 0 else "lower"
+    total = seeds_needed(difference)
+    if total is None:
+        return "undecided"
+    more = max(total - difference.n, 1)
+    return f"undecided; about {more:,} more seed{'' if more == 1 else 's'}"
+
+
+def unpaired(a: Row, b: Row) -> str:
+    """Returns what two runs of one seed do not share though they should, "" if they are paired."""
+    common = a.pairing.keys() & b.pairing.keys()
+    return next((what for what in sorted(common) if a.pairing[what] != b.pairing[what]), "")
