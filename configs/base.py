@@ -28,6 +28,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.data.name = "digits"  # digits, mnist, fashion_mnist, cifar10, cifar100
     config.data.source = "sklearn"  # where bytes come from: sklearn (digits), archive (on disk)
     config.data.path = optional(str)  # the archive, or the folder that holds it
+    config.data.num_validation = 0  # training examples held out to choose on; 0: none
     config.data.crop_padding = 0  # pixels of zero padding before a random crop; 0: no crop
     config.data.flip = False  # mirror half of the training images left to right
     config.data.cutout_size = 0  # side of the square masked in each training image, pixels; 0: none

@@ -26,7 +26,13 @@ class RunLength:
         Raises UserError if a batch cannot be filled or the run has no step.
         """
         batch_size = config.train.batch_size
-        num_train = dataset_info(config.data.name).num_train
+        num_train, held_out = dataset_info(config.data.name).num_train, config.data.num_validation
+        if not 0 <= held_out < num_train:
+            raise UserError(
+                f"config field 'data.num_validation' = {held_out} must be from 0 to "
+                f"{num_train - 1}, as {config.data.name} has {num_train} training examples"
+            )
+        num_train -= held_out
         if not 0 < batch_size <= num_train:
             raise UserError(
                 f"config field 'train.batch_size' = {batch_size} must be from 1 to {num_train}, "

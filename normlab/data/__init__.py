@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         step_key,
         train_indices,
     )
-    from normlab.data.sources import Dataset, Split, check_source, load
+    from normlab.data.sources import Dataset, Split, check_source, hold_out, load
 
 _HOMES = {
     "augmentation": ("augment",),
@@ -32,7 +32,7 @@ _HOMES = {
         "step_key",
         "train_indices",
     ),
-    "sources": ("Dataset", "Split", "check_source", "load"),
+    "sources": ("Dataset", "Split", "check_source", "hold_out", "load"),
 }
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "epoch_permutation",
     "eval_indices",
     "fetch",
+    "hold_out",
     "load",
     "order_hash",
     "step_key",

@@ -9,7 +9,10 @@ import numpy as np
 
 from normlab.data import archive
 from normlab.data.info import DatasetInfo, dataset_info
+from normlab.data.pipeline import epoch_permutation
 from normlab.errors import UserError, unknown
+
+HOLD_OUT_SEED = 2**32  # beyond the seeds of runs, so that no epoch's order is the split's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,20 @@ def load(config: Any) -> Dataset:
                 f"data set {info.name!r}: {what} label {top} is not below {info.num_classes}"
             )
     return Dataset(train, test, info, _fingerprint(info.name, train, test))
+
+
+def hold_out(train: Split, count: int) -> tuple[Split, Split | None]:
+    """Returns (what is left to train on, `count` validation examples or None if 0).
+
+    Which ones depends on the number of examples and on nothing else, the run's seed included: all
+    runs of a sweep choose on the same images.
+    """
+    if count == 0:
+        return train, None
+    order = epoch_permutation(HOLD_OUT_SEED, 0, len(train.labels))
+    chosen = np.isin(np.arange(len(order)), order[:count])
+    left, held = (Split(train.images[part], train.labels[part]) for part in (~chosen, chosen))
+    return left, held
 
 
 def check_source(config: Any) -> None:

@@ -10,7 +10,7 @@ Three accuracies for a normalizer with state, because they differ where it matte
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from normlab.data import DatasetInfo, Examples, eval_indices, fetch
 from normlab.norms.functional import Moments, merge_moments
+from normlab.training.examples import DeviceData
 from normlab.training.parallel import Compiler, shard_rows
 from normlab.training.setup import Parts
 from normlab.training.step import cross_entropy
@@ -117,23 +118,28 @@ class Evaluator:
         self,
         parts: Parts,
         variables: Variables,
-        train_data: Examples,
-        test_data: Examples,
+        data: DeviceData,
         recompute: bool = True,
-    ) -> dict[str, float]:
-        """Returns accuracy and loss with running statistics; for a normalizer with state also
-        `accuracy_batch_statistics` and, if asked for, `accuracy_recomputed_statistics`.
+    ) -> dict[str, dict[str, float]]:
+        """Returns, by split, accuracy and loss with running statistics.
+
+        On the test set, for a normalizer with state, also `accuracy_batch_statistics` and, if asked
+        for, `accuracy_recomputed_statistics`.
         """
         eval_size, train_size = parts.config.eval.batch_size, parts.length.batch_size
-        metrics = self.running(variables, test_data, eval_size)
+        metrics = {
+            split: self.running(variables, examples, eval_size)
+            for split, examples in data.evaluated.items()
+        }
         if not parts.norm.stateful:
             return metrics
-        by_batch = self.batch(variables, test_data, train_size)
-        metrics["accuracy_batch_statistics"] = by_batch["accuracy"]
+        test = data.evaluated["test"]
+        by_batch = self.batch(variables, test, train_size)
+        metrics["test"]["accuracy_batch_statistics"] = by_batch["accuracy"]
         if recompute:
-            exact = self.recompute(variables, train_data, train_size, parts.norm.module)
-            by_exact = self.running(exact, test_data, eval_size)
-            metrics["accuracy_recomputed_statistics"] = by_exact["accuracy"]
+            exact = self.recompute(variables, data.train, train_size, parts.norm.module)
+            by_exact = self.running(exact, test, eval_size)
+            metrics["test"]["accuracy_recomputed_statistics"] = by_exact["accuracy"]
         return metrics
 
     def _fetch(self, data: Examples, rows: Array) -> tuple[Array, Array]:
@@ -171,6 +177,11 @@ class Evaluator:
             "accuracy": sum(int(part["correct"]) for part in sums) / count,
             "loss": sum(float(part["loss"]) for part in sums) / count,
         }
+
+
+def by_split(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns {split: {name: value}} as {"split_name": value}."""
+    return {f"{split}_{name}": x for split, part in metrics.items() for name, x in part.items()}
 
 
 def _count(logits: Array, labels: Array, mask: Array) -> dict[str, Array]:

@@ -16,9 +16,10 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from normlab import models, run
-from normlab.data import augment, fetch, load, order_hash, step_key, train_indices
+from normlab.data import augment, fetch, order_hash, step_key, train_indices
 from normlab.training import checkpoint, parallel
-from normlab.training.evaluate import Evaluator
+from normlab.training.evaluate import Evaluator, by_split
+from normlab.training.examples import load_on_devices
 from normlab.training.record import describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
 from normlab.training.signals import Interrupted, Signals
@@ -75,19 +76,17 @@ class _Run:
         config = parts.config
         self.parts, self.folder, self.progress = parts, folder, progress
         self.clock = self.last_sign = time.perf_counter()
-        data = load(config.data)
         self.mesh = parallel.make_mesh()
+        self.data = load_on_devices(config, self.mesh)
         self.compiler = parallel.Compiler()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
-        self.train_data = parallel.replicate((data.train.images, data.train.labels), self.mesh)
-        self.test_data = parallel.replicate((data.test.images, data.test.labels), self.mesh)
 
         state = create_state(parts, self.compiler)
         self.num_params = models.count_params(state.params)
-        order = order_hash(config.seed, parts.length.batch_size, len(data.train.labels))
-        describe_run(parts, folder, overrides, data.fingerprint, order, state.params)
+        order = order_hash(config.seed, parts.length.batch_size, len(self.data.train[1]))
+        describe_run(parts, folder, overrides, self.data.fingerprint, order, state.params)
         note_groups(parts)
-        self.facts = {"run": id_of(config), "seed": config.seed, "data": data.fingerprint}
+        self.facts = {"run": id_of(config), "seed": config.seed, "data": self.data.fingerprint}
         resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
         self.step = 0
         manifest: dict[str, Any] = {}
@@ -114,7 +113,7 @@ class _Run:
                 if "log" in arrived:
                     self._log_training()
                 if "eval" in arrived and self.step < self.parts.length.num_steps:
-                    self._log({"step": self.step, "split": "test", **self._evaluate()})
+                    self._evaluate()
                 if signals.received is not None:
                     self._save()
                     raise Interrupted(signals.received, self.step)
@@ -140,14 +139,14 @@ class _Run:
         chunk = parallel.steps_per_dispatch(config)
         seed = parallel.seed_array(config.seed)
         indices = train_indices(
-            config.seed, first, until - first, self.parts.length.batch_size, len(self.train_data[1])
+            config.seed, first, until - first, self.parts.length.batch_size, len(self.data.train[1])
         )
         compiled_before, start = self.compiler.seconds, time.perf_counter()
         looked = self.step
         while self.step < until and signals.received is None:
             size = chunk if self.step + chunk <= until else 1
             rows = indices[self.step - first : self.step - first + size]
-            arguments = (self.state, self.train_data, seed, rows)
+            arguments = (self.state, self.data.train, seed, rows)
             dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
             self.state = dispatch(*arguments)
             self.step += size
@@ -248,25 +247,26 @@ class _Run:
 
     # Evaluation ----------------------------------------------------------------------------------
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> None:
         variables = self.state.variables(self.parts.config.eval.use_ema)
         batch_size = self.parts.config.eval.batch_size
-        return self.evaluator.running(variables, self.test_data, batch_size)
+        for split, examples in self.data.evaluated.items():
+            metrics = self.evaluator.running(variables, examples, batch_size)
+            self._log({"step": self.step, "split": split, **metrics})
 
     def _conclude(self) -> dict[str, Any]:
         """Evaluates the final state in all its ways and writes the result and the status."""
         health = jax.device_get(self.state.health)
         diverged = bool(health.diverged)
         variables = self.state.variables(self.parts.config.eval.use_ema)
-        final = self.evaluator.all_ways(
-            self.parts, variables, self.train_data, self.test_data, recompute=not diverged
-        )
-        self._log({"step": self.step, "split": "test", **final})
+        final = self.evaluator.all_ways(self.parts, variables, self.data, recompute=not diverged)
+        for split, metrics in final.items():
+            self._log({"step": self.step, "split": split, **metrics})
         timing = self._timing()
         steps_seconds = timing["train_seconds"] / max(self.step, 1)
         result: dict[str, Any] = {
             "status": "diverged" if diverged else "done",
-            **{f"test_{name}": value for name, value in final.items()},
+            **by_split(final),
             "train_loss": run.last_train_loss(self.folder),
             "steps": self.step,
             "seconds": timing["seconds"],

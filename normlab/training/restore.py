@@ -5,10 +5,10 @@ from typing import Any
 
 from normlab import run
 from normlab.config import from_json
-from normlab.data import load
 from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
-from normlab.training.evaluate import Evaluator
+from normlab.training.evaluate import Evaluator, by_split
+from normlab.training.examples import load_on_devices
 from normlab.training.setup import Parts, build_parts, id_of
 from normlab.training.state import TrainState, create_state
 
@@ -71,13 +71,9 @@ def evaluate_run(
     parallel.enable_compilation_cache(parts.config)
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
-    data = load(parts.config.data)
     mesh = parallel.make_mesh()
+    data = load_on_devices(parts.config, mesh)
     evaluator = Evaluator(parts.model, parts.info, mesh, compiler)
-    train_data, test_data = (
-        parallel.replicate((part.images, part.labels), mesh) for part in (data.train, data.test)
-    )
     variables = state.variables(parts.config.eval.use_ema if use_ema is None else use_ema)
     variables = parallel.replicate(variables, mesh)
-    metrics = evaluator.all_ways(parts, variables, train_data, test_data)
-    return {"step": step, **{f"test_{name}": value for name, value in metrics.items()}}
+    return {"step": step, **by_split(evaluator.all_ways(parts, variables, data))}

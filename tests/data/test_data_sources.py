@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from normlab.data import Dataset, check_source, dataset_info, load
+from normlab.data import Dataset, check_source, dataset_info, hold_out, load
 from normlab.errors import UserError
 
 DIGITS = SimpleNamespace(name="digits", source="sklearn", path=None)
@@ -83,3 +83,28 @@ def test_a_source_that_does_not_fit_is_refused_before_loading(
 ) -> None:
     with pytest.raises(UserError, match=rf"^{message}$"):
         check_source(SimpleNamespace(**(vars(DIGITS) | fields)))
+
+
+# Validation --------------------------------------------------------------------------------------
+
+
+def test_held_out_examples_and_the_rest_are_the_training_set(digits):
+    train, validation = hold_out(digits.train, 137)
+    assert (len(train.labels), len(validation.labels)) == (1437 - 137, 137)
+
+    def multiset(*splits):
+        images = np.concatenate([split.images.reshape(len(split.labels), -1) for split in splits])
+        return sorted(image.tobytes() for image in images)
+
+    assert multiset(train, validation) == multiset(digits.train)
+    again = hold_out(digits.train, 137)[1]
+    np.testing.assert_array_equal(again.images, validation.images)
+    # A larger share holds out the same ones and more.
+    larger = multiset(hold_out(digits.train, 200)[1])
+    assert set(multiset(validation)) <= set(larger)
+
+
+def test_nothing_is_held_out_by_default(digits):
+    train, validation = hold_out(digits.train, 0)
+    assert train is digits.train
+    assert validation is None

@@ -263,6 +263,21 @@ def test_recomputed_statistics_do_not_depend_on_the_running_ones(norm):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_with_validation_is_measured_on_images_it_never_trained_on(tmp_path):
+    config = small(data__num_validation=137, train__num_steps=None, train__num_epochs=1)
+    result = train(config, tmp_path / "run")
+    # (1437 − 137) // 64 = 20 steps an epoch, where the whole set gives 22.
+    assert result["steps"] == 20
+    right = 137 * result["validation_accuracy"]
+    assert right == pytest.approx(round(right), abs=1e-9)
+    splits = [line["split"] for line in lines(tmp_path / "run") if line["step"] == 20]
+    assert splits == ["train", "validation", "test"]
+    assert "validation_accuracy_batch_statistics" not in result
+    again = evaluate_run(tmp_path / "run")
+    assert again["validation_accuracy"] == result["validation_accuracy"]
+    assert "validation_accuracy" not in train(small(), tmp_path / "other")
+
+
 def test_evaluating_a_finished_run_gives_its_result(finished):
     folder, result = finished
     again = evaluate_run(folder)
