@@ -33,6 +33,7 @@ from normlab.errors import UserError
 
 STATES = ("running", "done", "diverged", "failed", "interrupted")
 SWEEP = "sweep.json"
+VERDICT = "verdict.json"
 _PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from normlab import run
 from normlab.errors import UserError, unknown
+from normlab.grid import Grid, Point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,9 @@ class PlannedRun:
     @property
     def label(self) -> str:
         """A few words for a line of progress."""
-        return f"{self.labels['setting']} · {self.labels['norm']} · seed {self.labels['seed']}"
+        tuned = (f"{name}={value}" for name, value in self.labels.get("tuned", {}).items())
+        parts = (self.labels["setting"], self.labels["norm"], *tuned, f"seed {self.labels['seed']}")
+        return " · ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,64 +39,91 @@ class Plan:
 
     config: str
     norms: tuple[str, ...]
-    settings: Mapping[str, Mapping[str, str]]
+    settings: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
-    overrides: Mapping[str, str]  # of all runs
+    overrides: Mapping[str, Any]  # of all runs
     runs: tuple[PlannedRun, ...]
+    experiment: Mapping[str, Any] | None = None  # what the report says of a paper's claim
 
 
 def make_plan(
     source: str,
+    grid: Grid,
     *,
-    norms: Iterable[str],
-    settings: Mapping[str, Mapping[str, str]],
     seeds: Iterable[int],
-    overrides: Mapping[str, str],
+    overrides: Mapping[str, Any],
+    experiment: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Returns the runs of norms × settings × seeds over one config.
+    """Returns the runs of a grid × seeds over one config.
 
-    `source` is FILE.py[:choices] without `norm`. An override of a field `norm.*` goes to those
-    normalizers that have the field. Every config is built (without computing) before any runs, so a
+    `source` is FILE.py[:choices], none of them a choice of the grid. `overrides` are of all points,
+    and a point's own fields come before them. A field `norm.*` among the overrides, or in a setting
+    that other normalizers share, goes to those normalizers that have it. `experiment` is kept in
+    sweep.json for the report. Every config is built (without computing) before any runs, so a
     mistake in one setting is found before the first run starts. Raises UserError.
     """
     from normlab.config import flatten, load_config
     from normlab.norms import NORMS
     from normlab.training.setup import build_parts, id_of
 
-    norms, seeds = tuple(dict.fromkeys(norms)), tuple(seeds)
-    for changes in (overrides, *settings.values()):
-        if "seed" in changes:
-            raise UserError(f"seed={changes['seed']} is set; a comparison has the seeds of --seeds")
-    for norm in norms:
-        if norm not in NORMS:
+    seeds = tuple(seeds)
+    for fields in (overrides, *(point.fields for point in grid)):
+        if "seed" in fields:
+            raise UserError(f"seed={fields['seed']} is set; a sweep has the seeds of --seeds")
+    for point in grid:
+        norm = point.fields.get("norm")
+        if norm is not None and norm not in NORMS:
             raise unknown("norm", norm, NORMS)
-    if not norms:
-        raise UserError("--norms names no normalizer")
-    path, _, choices = source.partition(":")
-    if any(part.strip().startswith("norm=") for part in choices.split(",")):
-        raise UserError(f"config {source!r} chooses a norm; a comparison takes them from --norms")
-    sources = {
-        norm: f"{path}:{','.join(filter(None, [choices, f'norm={norm}']))}" for norm in norms
-    }
-    fields = {norm: set(flatten(load_config(sources[norm]))) for norm in norms}
-    everywhere = set().union(*fields.values())
+    sources = {_key(point): _with_choices(source, point.choices) for point in grid}
+    configs = {text: load_config(text) for text in set(sources.values())}
+    has = {text: set(flatten(config)) for text, config in configs.items()}
+    everywhere = set().union(*has.values())
 
     runs = []
     for seed in seeds:
-        for setting, changes in settings.items():
-            for norm in norms:
-                chosen = {
-                    name: value
-                    for name, value in {**overrides, **changes, "seed": seed}.items()
-                    if name in fields[norm] or name not in everywhere
-                }
-                config = load_config(sources[norm], chosen)
-                if seed == seeds[0]:
-                    build_parts(config)
-                labels = {"setting": setting, "norm": norm, "seed": seed}
-                runs.append(PlannedRun(id_of(config), labels, sources[norm], chosen))
-    plain = {name: dict(changes) for name, changes in settings.items()}
-    return Plan(source, norms, plain, seeds, dict(overrides), tuple(runs))
+        for point in grid:
+            text = sources[_key(point)]
+            chosen = {
+                name: value
+                for name, value in {**overrides, **point.overrides, "seed": seed}.items()
+                if name in has[text] or name not in everywhere
+            }
+            config = load_config(text, chosen)
+            if seed == seeds[0]:
+                build_parts(config)
+                if point.tuned and not config.data.num_validation:
+                    raise UserError(
+                        f"{min(point.tuned)!r} is to be chosen on validation data, "
+                        "but data.num_validation is 0"
+                    )
+            labels = {"setting": point.setting, "norm": config.norm.kind, "seed": seed}
+            labels |= point.swept
+            if point.tuned:
+                labels["tuned"] = dict(point.tuned)
+            runs.append(PlannedRun(id_of(config), labels, text, chosen))
+    named: dict[str, dict[str, Any]] = {}
+    for point in grid:
+        tuned_or_norm = {"norm", *point.tuned}
+        fields = {name: x for name, x in point.fields.items() if name not in tuned_or_norm}
+        named[point.setting] = named.get(point.setting, {}) | fields
+    norms = tuple(dict.fromkeys(planned.labels["norm"] for planned in runs))
+    return Plan(source, norms, named, seeds, dict(overrides), tuple(runs), experiment)
+
+
+def _key(point: Point) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(point.choices.items()))
+
+
+def _with_choices(source: str, choices: Mapping[str, str]) -> str:
+    """Returns FILE.py:choices with a grid's choices added; raises UserError if one is there."""
+    path, _, there = source.partition(":")
+    parts = [part.strip() for part in there.split(",") if part.strip()]
+    for part in parts:
+        name = part.partition("=")[0]
+        if name in choices:
+            raise UserError(f"config {source!r} chooses {name!r}, which the sweep varies")
+    text = ",".join([*parts, *(f"{name}={value}" for name, value in choices.items())])
+    return f"{path}:{text}" if text else path
 
 
 @contextlib.contextmanager
@@ -146,6 +176,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "norms": list(plan.norms),
         "seeds": list(plan.seeds),
         "runs": [{"id": planned.id, "labels": dict(planned.labels)} for planned in plan.runs],
+        **({"experiment": dict(plan.experiment)} if plan.experiment else {}),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from normlab import pool, run, sweep
+from normlab import grid, pool, run, sweep
 from normlab.errors import UserError
 
 TINY = {
@@ -23,13 +23,8 @@ GHOST = {"batch_stats.scope": "ghost", "batch_stats.ghost_size": "1"}
 
 def plan_of(norms=("none", "batch_norm"), settings=None, seeds=(0,), **overrides):
     names = {name.replace("__", "."): value for name, value in overrides.items()}
-    return sweep.make_plan(
-        "configs/digits.py",
-        norms=norms,
-        settings=settings or {"base": {}},
-        seeds=seeds,
-        overrides=TINY | names,
-    )
+    varied = grid.settings(settings or {"base": {}}) * grid.grid({"norm": norms})
+    return sweep.make_plan("configs/digits.py", varied, seeds=seeds, overrides=TINY | names)
 
 
 def execute(plan, folder, jobs=2):
@@ -51,9 +46,8 @@ def test_a_stateless_normalizer_shares_its_run_between_scopes():
 def test_the_demo_has_42_runs():
     norms = ("none", "batch_norm", "layer_norm", "group_norm", "instance_norm", "batch_renorm")
     settings = {"lr 0.1": {}, "lr 0.5": {"optim.base_lr": "0.5"}, "batch of 1": GHOST}
-    plan = sweep.make_plan(
-        "configs/digits.py", norms=norms, settings=settings, seeds=range(3), overrides={}
-    )
+    varied = grid.settings(settings) * grid.grid({"norm": norms})
+    plan = sweep.make_plan("configs/digits.py", varied, seeds=range(3), overrides={})
     # 6 norms · 2 rates · 3 seeds = 36, and the two with state once more: 2 · 3 = 6.
     assert len({planned.id for planned in plan.runs}) == 42
 
@@ -69,7 +63,7 @@ def test_a_field_that_only_some_normalizers_have_goes_to_those():
     ("change", "expected"),
     [
         ({"norms": ("bach_norm",)}, "did you mean 'batch_norm'"),
-        ({"norms": ()}, "names no normalizer"),
+        ({"norms": ()}, "gives 'norm' no value"),
         ({"settings": {"a": {"optim.lr": "1"}}}, "unknown config field 'optim.lr'"),
         ({"settings": {"a": {**GHOST, "batch_stats.ghost_size": "48"}}}, "does not divide"),
     ],
@@ -134,7 +128,7 @@ def test_what_changes_no_result_may_differ(tmp_path):
 
 @pytest.mark.parametrize("change", [{"seed": "4"}, {"settings": {"a": {"seed": "4"}}}])
 def test_seeds_come_from_seeds_alone(change):
-    with pytest.raises(UserError, match="seed=4 is set; a comparison has the seeds of --seeds"):
+    with pytest.raises(UserError, match="seed=4 is set; a sweep has the seeds of --seeds"):
         plan_of(**change)
 
 

@@ -17,6 +17,7 @@ from normlab.errors import MachineFault, UserError, unknown
 COMMANDS = {
     "train": "train",
     "compare": "compare",
+    "sweep": "sweep",
     "eval": "eval",
     "report": "report",
     "status": "status",
@@ -25,14 +26,14 @@ COMMANDS = {
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""
 
-_COMPUTING = ("train", "compare", "eval")
+_COMPUTING = ("train", "compare", "sweep", "eval")
 
 
 def entry() -> NoReturn:
     """Runs the command in sys.argv, in the environment that makes training fast, and exits."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in _COMPUTING:
-        reexecute(arguments, share_devices=arguments[0] == "compare")
+        reexecute(arguments, share_devices=arguments[0] in ("compare", "sweep"))
     sys.exit(main(arguments))
 
 

@@ -2,9 +2,9 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
+from normlab.cli.execute import add_run_arguments, check_run_arguments, execute
 from normlab.errors import UserError
 
 HELP = "compare normalizers over settings and seeds, and write the report"
@@ -22,51 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:field=value,...",
         help="a named set of overrides, repeatable; e.g. --setting='lr x5:optim.base_lr=0.5'",
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the comparison")
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (one a core; on a GPU one)"
-    )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a run (1)")
-    parser.add_argument(
-        "--redo-other-commits",
-        action="store_true",
-        help="run again what another commit of normlab ran; the old run is kept aside",
-    )
+    add_run_arguments(parser)
+    parser.set_defaults(seeds=3)
 
 
 def main(args: argparse.Namespace) -> int:
     """Plans, runs what is not done, reports; returns 0 if every run ended done or diverged."""
-    from normlab import pool, report, sweep
-    from normlab.cli.progress import show_progress
+    from normlab import grid, sweep
 
     settings = dict(_setting(text) for text in args.setting) or {"base": {}}
     if len(settings) < len(args.setting):
         raise UserError("two settings have the same name")
-    for name, value in (("seeds", args.seeds), ("jobs", args.jobs), ("threads", args.threads)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value} must be 1 or more")
-    plan = sweep.make_plan(
-        args.config,
-        norms=[name for name in args.norms.split(",") if name],
-        settings=settings,
-        seeds=range(args.seeds),
-        overrides=args.overrides,
-    )
-    folder = Path(args.workdir)
-    with sweep.held(folder):
-        sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
-        with show_progress(sys.stdout) as progress:
-            states = pool.run_plan(plan, folder, args.jobs, args.threads, progress)
-    results = report.load(folder)
-    paths = report.write(folder, results)
-    report.show(results, sys.stdout)
-    for path in paths:
-        print(path)
-    bad = {run_id: state for run_id, state in states.items() if state not in ("done", "diverged")}
-    for run_id, state in bad.items():
-        print(f"normlab: run {run_id} {state}; see {folder / run_id / 'log.txt'}", file=sys.stderr)
-    return 1 if bad else 0
+    check_run_arguments(args)
+    norms = dict.fromkeys(name for name in args.norms.split(",") if name)
+    if not norms:
+        raise UserError("--norms names no normalizer")
+    varied = grid.settings(settings) * grid.grid({"norm": norms})
+    plan = sweep.make_plan(args.config, varied, seeds=range(args.seeds), overrides=args.overrides)
+    return execute(plan, Path(args.workdir), args)
 
 
 def _setting(text: str) -> tuple[str, dict[str, str]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from normlab.errors import MachineFault
-from normlab.report.rows import Row, Sweep, load
+from normlab.report.row import Row, Sweep
+from normlab.report.rows import load
 
 __all__ = ["Paths", "Row", "Sweep", "load", "show", "write"]
 
@@ -51,7 +52,15 @@ def show(sweep: Sweep, stream: TextIO) -> None:
     from normlab.report import drawing, notes, tables
 
     drawing.say(notes.summary(sweep)[0], stream)
+    if sweep.claim is not None:
+        drawing.say(f"Claim: {sweep.claim.text}", stream)
     drawing.show(tables.headline(sweep), stream)
     drawing.say(notes.HEADLINE, stream)
-    for sentence in [*notes.footnotes(sweep), *notes.warnings(sweep)]:
+    claim = [] if sweep.claim is None else [*sweep.claim.sentences, notes.verdict(sweep)]
+    for sentence in [
+        *notes.footnotes(sweep),
+        *notes.warnings(sweep),
+        *notes.choices(sweep),
+        *claim,
+    ]:
         drawing.say(sentence, stream)

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from normlab.report.rows import Row, Sweep
+from normlab.report.row import MEASURED, Row, Sweep
 from normlab.report.statistics import Difference, paired_difference, seeds_needed
-from normlab.report.tables import DAGGER, MEASURED, Cell, Table
+from normlab.report.tables import DAGGER, Cell, Table
 
 Pair = tuple[str, str, Sequence[Row], Sequence[Row]]  # setting, normalizer, its runs, baseline's
 
@@ -47,19 +47,30 @@ def pairs(sweep: Sweep) -> list[Pair]:
     ]
 
 
-def _cells(runs: Sequence[Row], base: Sequence[Row], comparisons: int) -> tuple[Cell, ...]:
+def compare(
+    runs: Sequence[Row], base: Sequence[Row], comparisons: int, metric: str = "test_accuracy"
+) -> tuple[Difference, tuple[str, ...]]:
+    """Returns the paired difference runs − base in points, and which seeds are not paired and why.
+
+    A fraction (accuracy) is multiplied by 100. Runs pair by seed if they ended with a measurement
+    and the hashes of what they should share agree.
+    """
     reasons = {a.seed: unpaired(a, b) for a in runs for b in base if a.seed == b.seed}
     marks = tuple(f"seed {seed} not paired: {why}" for seed, why in reasons.items() if why)
     ours, theirs = (
         {
-            row.seed: 100 * accuracy
+            row.seed: 100 * value
             for row in group
             if row.seed is not None and not reasons.get(row.seed) and row.state in MEASURED
-            if (accuracy := row.number("test_accuracy")) is not None
+            if (value := row.number(metric)) is not None
         }
         for group in (runs, base)
     )
-    difference = paired_difference(ours, theirs, comparisons)
+    return paired_difference(ours, theirs, comparisons), marks
+
+
+def _cells(runs: Sequence[Row], base: Sequence[Row], comparisons: int) -> tuple[Cell, ...]:
+    difference, marks = compare(runs, base, comparisons)
     dagger = DAGGER if all(row.shared_with for row in runs) else ""
     if difference.mean is None:
         return Cell(detail=dagger, marks=marks), Cell("0"), Cell("no pair")

@@ -5,13 +5,15 @@ from collections.abc import Iterable
 from normlab.report import notes, tables
 from normlab.report.differences import baseline_of, differences
 from normlab.report.drawing import escape_markdown, markdown_table
-from normlab.report.rows import Sweep
+from normlab.report.published import beside
+from normlab.report.row import Sweep
 
 
 def markdown(sweep: Sweep) -> str:
     """Returns the page's tables and sentences; its curves are in report.html alone."""
     first, *rest = notes.summary(sweep)
     warnings = notes.warnings(sweep)
+    chosen = notes.choices(sweep)
     settings = [
         f"{name}: {', '.join(notes.overrides(fields))}"
         for name, fields in sweep.settings.items()
@@ -19,6 +21,7 @@ def markdown(sweep: Sweep) -> str:
     ]
     parts = [
         f"# {escape_markdown(notes.title(sweep))}",
+        *_claim(sweep),
         escape_markdown(first),
         # Indented under a paragraph, a line is code and shows as it stands.
         f"    {sweep.command}" if sweep.command else "",
@@ -29,6 +32,8 @@ def markdown(sweep: Sweep) -> str:
         escape_markdown(notes.HEADLINE),
         markdown_table(tables.headline(sweep)),
         _list(settings),
+        *(["Chosen on the validation split:", _list(chosen)] if chosen else []),
+        *_published(sweep),
         *_differences(sweep),
         "## Evaluations and cost",
         escape_markdown(notes.COSTS),
@@ -44,6 +49,26 @@ def markdown(sweep: Sweep) -> str:
         markdown_table(tables.run_list(sweep)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _claim(sweep: Sweep) -> list[str]:
+    claim = sweep.claim
+    if claim is None:
+        return []
+    return [
+        escape_markdown(claim.text),
+        f"**{escape_markdown(notes.verdict(sweep))}**",
+        _list(claim.sentences),
+        escape_markdown(claim.test),
+    ]
+
+
+def _published(sweep: Sweep) -> list[str]:
+    parts = []
+    for table in sweep.claim.published if sweep.claim else ():
+        caption = " ".join(notes.published(table))
+        parts += [escape_markdown(caption), markdown_table(beside(sweep, table))]
+    return ["## The paper's numbers beside ours", *parts] if parts else []
 
 
 def _differences(sweep: Sweep) -> list[str]:

@@ -5,7 +5,7 @@ import io
 import re
 from typing import TextIO
 
-from normlab.report.rows import Sweep
+from normlab.report.row import Sweep
 from normlab.report.tables import Cell, Table
 
 _RESULT_ORDER = (

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from normlab.report.claim import PublishedTable
 from normlab.report.files import flatten, one_line, plain_text
-from normlab.report.rows import Sweep
+from normlab.report.row import MEASURED, Sweep, digest
 from normlab.report.statistics import CONFIDENCE
-from normlab.report.tables import DAGGER, MEASURED, NOTHING, count_states
+from normlab.report.tables import DAGGER, NOTHING, count_states
 
 HEADLINE = (
     "Percent; mean over seeds ± half-width of the 95% t interval; n seeds; running statistics."
@@ -32,8 +33,45 @@ def differences(baseline: str, comparisons: int) -> str:
     return DIFFERENCES.format(baseline=baseline, level=level, count=comparisons)
 
 
+def verdict(sweep: Sweep) -> str:
+    """Returns the outcome in a sentence's place, "" for a sweep that is no experiment's."""
+    if sweep.claim is None:
+        return ""
+    if not sweep.claim.outcome:
+        return "No verdict yet."
+    stale = "" if sweep.claim.rows == digest(sweep) else " (of earlier rows: run it again)"
+    return f"{sweep.claim.outcome.capitalize()}{stale}."
+
+
+def published(table: PublishedTable) -> list[str]:
+    """Returns where a paper's numbers come from and how far they compare."""
+    found = [f"{table.source}: {table.setting}." if table.source else f"{table.setting}."]
+    if table.sure:
+        found.append(f"How sure: {table.sure}.")
+    if table.as_error:
+        found.append("Published as error; shown as 100 minus it.")
+    if not table.same_setting:
+        found.append("Not this scale's setting: compare order and sign, not values.")
+    return found
+
+
+def choices(sweep: Sweep) -> list[str]:
+    """Returns which candidate each tuned cell shows, and how the others did."""
+    found = []
+    for (setting, norm), choice in sweep.chosen.items():
+        means = ", ".join(
+            f"{name} {NOTHING if mean is None else format(100 * mean, '.2f')}"
+            for name, mean in choice.means.items()
+        )
+        where = f"{norm} in {setting}" if len(sweep.settings) > 1 else norm
+        found.append(f"{where}: {choice.tuned}, the best mean validation accuracy of {means}.")
+    return found
+
+
 def title(sweep: Sweep) -> str:
     """Returns e.g. `Normalizers on digits (cnn)`, from what all configs have in common."""
+    if sweep.claim is not None:
+        return f"{sweep.claim.name}, scale {sweep.claim.scale}"
     data, model = _common(sweep, "data.name"), _common(sweep, "model.kind")
     where = f"{data} ({model})" if data and model else data or sweep.title
     return f"Normalizers on {where}"

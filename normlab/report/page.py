@@ -8,7 +8,8 @@ from html import escape
 
 from normlab.report import notes, plots, tables
 from normlab.report.differences import baseline_of, differences
-from normlab.report.rows import Sweep
+from normlab.report.published import beside
+from normlab.report.row import Sweep
 from normlab.report.style import style_sheet
 from normlab.report.tables import Cell, Table
 
@@ -19,6 +20,7 @@ def html(sweep: Sweep) -> str:
     first, *rest = notes.summary(sweep)
     parts = [
         f"<h1>{title}</h1>",
+        _claim(sweep),
         f'<p class="lead">{escape(first)}</p>',
         _list(rest),
         f'<code class="command">{escape(sweep.command)}</code>' if sweep.command else "",
@@ -26,6 +28,8 @@ def html(sweep: Sweep) -> str:
         "<h2>Test accuracy</h2>",
         f'<p class="muted">{notes.HEADLINE}</p>',
         _table(tables.headline(sweep), "headline", under=_overrides(sweep)),
+        _choices(sweep),
+        _published(sweep),
         _curves(sweep),
         _differences(sweep),
         "<h2>Evaluations and cost</h2>",
@@ -78,6 +82,32 @@ def _curves(sweep: Sweep) -> str:
         f'<h2>Learning curves</h2>\n<p class="muted">{plots.CAPTION}</p>\n'
         f'<ul class="legend">{legend}</ul>\n<div class="panels">{figures}</div>'
     )
+
+
+def _claim(sweep: Sweep) -> str:
+    claim = sweep.claim
+    if claim is None:
+        return ""
+    kind = claim.outcome.replace(" ", "-")
+    kind = kind if kind in ("reproduced", "not-reproduced", "underpowered") else "open"
+    return (
+        f'<p class="lead">{escape(claim.text)}</p>\n<section class="verdict {kind}">'
+        f"<h2>{escape(notes.verdict(sweep))}</h2>{_list(list(claim.sentences))}"
+        f'<p class="muted">{escape(claim.test)}</p></section>'
+    )
+
+
+def _choices(sweep: Sweep) -> str:
+    chosen = notes.choices(sweep)
+    return f"<h3>Chosen on the validation split</h3>{_list(chosen)}" if chosen else ""
+
+
+def _published(sweep: Sweep) -> str:
+    parts = []
+    for table in sweep.claim.published if sweep.claim else ():
+        caption = escape(" ".join(notes.published(table)))
+        parts += [f'<p class="muted">{caption}</p>', _table(beside(sweep, table), "published")]
+    return "\n".join(["<h2>The paper's numbers beside ours</h2>", *parts]) if parts else ""
 
 
 def _differences(sweep: Sweep) -> str:

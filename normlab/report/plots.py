@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from normlab.report.rows import Row, Sweep
+from normlab.report.row import Row, Sweep
 from normlab.report.style import INK, LINE, MUTED, NUM_SERIES, series
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def keys(sweep: Sweep) -> dict[str, str]:
 
 
 def _curves_of(sweep: Sweep, setting: str) -> Iterator[Row]:
-    return (row for row in sweep.rows if row.setting == setting and row.curve)
+    cells = (sweep.cell(setting, norm) for norm in sweep.norms)
+    return (row for rows in cells for row in rows if row.curve)
 
 
 def _panel(sweep: Sweep, setting: str, limits: tuple[float, float]) -> "Figure":

@@ -8,11 +8,12 @@ at the end of a night's sweep shows a fault and never dies of it.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from normlab.errors import UserError
+from normlab.report.claim import read_claim
 from normlab.report.files import (
     finite_result,
     flatten,
@@ -24,62 +25,13 @@ from normlab.report.files import (
     read_curve,
     read_json,
 )
-
-STATES = ("done", "diverged", "failed", "interrupted", "running", "planned")
-"""A run's state is its status.json's, `planned` if it has no folder yet."""
+from normlab.report.row import STATES, Row, Sweep
+from normlab.report.selection import choose
 
 _NOT_A_SETTING = re.compile(
     r"(schema_version|source|seed|norm\.kind|data\.path|(log|checkpoint|parallel)\..*)"
 )
 _RUN_ID = re.compile(r"\w[\w.-]*")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One planned run under one setting."""
-
-    setting: str
-    norm: str
-    seed: int | None
-    id: str
-    path: Path
-    state: str = "planned"  # one of STATES
-    step: int | None = None  # optimizer steps done when the status was last written
-    message: str = ""  # the run's own last word, one line
-    labels: Mapping[str, str] = field(default_factory=dict)  # labels beyond setting, norm, seed
-    shared_with: str = ""  # the earlier setting that has the very same run, if any
-    result: Mapping[str, float | str] = field(default_factory=dict)  # result.json's finite numbers
-    curve: tuple[tuple[int, float], ...] = ()  # (steps, test accuracy as a fraction), by step
-    config: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, str] = field(default_factory=dict)  # commit, versions, devices, ...
-    pairing: Mapping[str, str] = field(default_factory=dict)  # what runs of one seed share: hashes
-    notes: tuple[str, ...] = ()  # faults of the run's files, one line each
-
-    def number(self, name: str) -> float | None:
-        """Returns the run's final metric `name`, None if it was not measured or is not finite."""
-        value = self.result.get(name)
-        return None if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """All rows of a folder, in the order of the plan."""
-
-    directory: Path
-    title: str  # the config the runs come from
-    command: str  # that made them, "" if unknown
-    settings: Mapping[str, Mapping[str, Any]]  # setting -> the config fields it overrides
-    norms: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]  # faults of the folder as a whole
-
-    def cell(self, setting: str, norm: str) -> tuple[Row, ...]:
-        """Returns the rows of one cell of the table: all its seeds."""
-        return tuple(row for row in self.rows if row.setting == setting and row.norm == norm)
-
-    def runs(self) -> tuple[Row, ...]:
-        """Returns each run once, however many settings share it."""
-        return tuple({row.id: row for row in reversed(self.rows)}.values())[::-1]
 
 
 def load(directory: Path, alive: Callable[[Path], bool] | None = None) -> Sweep:
@@ -125,7 +77,7 @@ def _planned(
     notes = []
     runs: dict[str, Row] = {}
     first_setting: dict[str, str] = {}
-    cells: dict[tuple[str, str, str], Row] = {}
+    cells: dict[tuple[str, str, str, str], Row] = {}
     for number, entry in enumerate(entries, 1):
         run_id = entry.get("id") if isinstance(entry, dict) else None
         labels = entry.get("labels") if isinstance(entry, dict) else None
@@ -143,7 +95,7 @@ def _planned(
         earlier = first_setting.setdefault(run_id, setting)
         # The same run twice in one cell is one measurement.
         cells.setdefault(
-            (setting, norm, run_id),
+            (setting, norm, _tuned(labels.get("tuned")), run_id),
             replace(
                 runs[run_id],
                 id=run_id,
@@ -153,8 +105,9 @@ def _planned(
                 labels={
                     one_line(key): one_line(value)
                     for key, value in labels.items()
-                    if key not in ("setting", "norm", "seed")
+                    if key not in ("setting", "norm", "seed", "tuned")
                 },
+                tuned=_tuned(labels.get("tuned")),
                 shared_with="" if earlier == setting else earlier,
             ),
         )
@@ -182,8 +135,18 @@ def _planned(
         | {row.setting: {} for row in rows if row.setting not in settings},
         norms=_in_order(norms, (row.norm for row in rows)),
         rows=rows,
+        claim=read_claim(plan, directory, notes),
         notes=tuple(notes),
+        chosen=choose(rows),
     )
+
+
+def _tuned(values: Any) -> str:
+    """Returns e.g. `base_lr=0.1`, "" for a run that is no candidate."""
+    if not isinstance(values, dict):
+        return ""
+    parts = (f"{name.rpartition('.')[2]}={plain_text(value)}" for name, value in values.items())
+    return one_line(", ".join(parts))
 
 
 def _found(

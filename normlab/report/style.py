@@ -77,6 +77,11 @@ li{margin:.25rem 0;overflow-wrap:anywhere}
 .caveats{margin:1.4rem 0 0;padding:.65rem 1rem;border-left:4px solid var(--bad);
  border-radius:0 8px 8px 0;background:var(--bad-card)}
 .caveats h2{margin:0;font-size:1rem}
+.verdict{margin:1rem 0;padding:.65rem 1rem;border-left:4px solid var(--wait);
+ border-radius:0 8px 8px 0;background:var(--card)}
+.verdict h2{margin:0;font-size:1.05rem}
+.verdict.reproduced{border-color:var(--good)}
+.verdict.not-reproduced{border-color:var(--bad)}
 .scroll{overflow-x:auto;margin:.7rem 0;border:1px solid var(--line);border-radius:10px;
  background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from normlab.report.rows import STATES, Row, Sweep
+from normlab.report.row import MEASURED, STATES, Row, Sweep
 from normlab.report.statistics import Summary, summarize
 
 DAGGER = "†"
 NOTHING = "–"
-MEASURED = ("done", "diverged")
-"""States whose final accuracy, if there is one, counts: a diverged run's does, or a normalizer
-that diverges now and then would be judged by its lucky seeds."""
 
 
 @dataclass(frozen=True)

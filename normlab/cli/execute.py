@@ -1,0 +1,60 @@
+"""What `compare`, `sweep` and `paper` have in common: run a plan, then report on it."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from normlab import report, sweep
+from normlab.errors import UserError
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares how a plan is run."""
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (one a core; on a GPU one)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a run (1)")
+    parser.add_argument(
+        "--redo-other-commits",
+        action="store_true",
+        help="run again what another commit of normlab ran; the old run is kept aside",
+    )
+
+
+def check_run_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a number below 1."""
+    for name in ("seeds", "jobs", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be 1 or more")
+
+
+def execute(
+    plan: sweep.Plan,
+    folder: Path,
+    args: argparse.Namespace,
+    judge: Callable[[report.Sweep], None] = lambda results: None,
+) -> int:
+    """Runs what is not done, calls `judge` on the rows, reports; returns the exit code.
+
+    0 if every run ended done or diverged, else 1.
+    """
+    from normlab import pool
+    from normlab.cli.progress import show_progress
+
+    with sweep.held(folder):
+        sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
+        with show_progress(sys.stdout) as progress:
+            states = pool.run_plan(plan, folder, args.jobs, args.threads, progress)
+        judge(report.load(folder))
+        results = report.load(folder)
+        paths = report.write(folder, results)
+    report.show(results, sys.stdout)
+    for path in paths:
+        print(path)
+    bad = {run_id: state for run_id, state in states.items() if state not in ("done", "diverged")}
+    for run_id, state in bad.items():
+        print(f"normlab: run {run_id} {state}; see {folder / run_id / 'log.txt'}", file=sys.stderr)
+    return 1 if bad else 0

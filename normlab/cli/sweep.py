@@ -1,0 +1,47 @@
+"""`normlab sweep`: an experiment's runs at a scale, the table, the verdict."""
+
+import argparse
+from pathlib import Path
+
+from normlab.cli.execute import add_run_arguments, check_run_arguments, execute
+
+HELP = "run an experiment at a scale, and report with the paper's numbers and a verdict"
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "experiment", metavar="FILE.py", help="e.g. experiments/batch_norm_mnist.py"
+    )
+    parser.add_argument("--scale", default="smoke", help="smoke, cpu, cifar, paper (smoke)")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the runs (runs/NAME-SCALE)")
+    add_run_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Plans, runs what is not done, judges, reports; returns 0 if every run ended well."""
+    from normlab import run, sweep
+    from normlab.experiment import load_experiment
+    from normlab.report import verdict
+
+    check_run_arguments(args)
+    name, experiment = load_experiment(args.experiment)
+    scale = experiment.at(args.scale)
+    folder = Path(args.workdir or f"runs/{name}-{args.scale}")
+    assert scale.sweep is not None
+    assert scale.seeds is not None
+    plan = sweep.make_plan(
+        scale.config,
+        scale.sweep,
+        seeds=range(args.seeds or scale.seeds),
+        overrides={**scale.overrides, **args.overrides},
+        experiment=experiment.facts(name, args.scale),
+    )
+
+    def judge(results: verdict.Sweep) -> None:
+        assert scale.verdict is not None
+        found = verdict.judge(scale.verdict, results)
+        run.write_json(folder / run.VERDICT, verdict.as_json(found, results))
+
+    return execute(plan, folder, args, judge)

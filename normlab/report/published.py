@@ -1,0 +1,48 @@
+"""The paper's numbers beside ours."""
+
+from normlab.report.claim import PublishedNumber, PublishedTable
+from normlab.report.row import Row, Sweep
+from normlab.report.tables import NOTHING, Cell, Table, accuracy_cell
+
+
+def beside(sweep: Sweep, table: PublishedTable) -> Table:
+    """Returns a row for each cell that the paper has a number for: theirs, ours, the difference.
+
+    The difference is given only where the scale is the paper's own setting; and where ours has an
+    interval, whether it holds the paper's number.
+    """
+    rows = []
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            runs = sweep.cell(setting, norm)
+            theirs = table.number(norm, _places(setting, runs))
+            if theirs is not None:
+                rows.append((Cell(setting), Cell(norm), *_cells(theirs, runs, table)))
+    return Table(
+        columns=("setting", "normalizer", "paper (%)", "ours (%)", "ours − paper"),
+        rows=tuple(rows),
+        num_names=2,
+        words=frozenset({0, 1}),
+    )
+
+
+def _places(setting: str, runs: tuple[Row, ...]) -> tuple[str, ...]:
+    """Returns under which names a paper's table may have this cell: setting, swept values."""
+    return (setting, *dict.fromkeys(value for row in runs for value in row.labels.values()))
+
+
+def _cells(
+    theirs: PublishedNumber, runs: tuple[Row, ...], table: PublishedTable
+) -> tuple[Cell, Cell, Cell]:
+    detail = f"std {theirs.std:g}" if theirs.std is not None else ""
+    if theirs.n is not None:
+        detail = f"{detail} n={theirs.n}".strip()
+    ours = accuracy_cell(runs)
+    paper = Cell(f"{theirs.value:.2f}", detail=detail)
+    try:
+        mean = float(ours.text)
+    except ValueError:
+        return paper, ours, Cell()
+    if not table.same_setting:
+        return paper, ours, Cell(NOTHING)
+    return paper, ours, Cell(f"{mean - theirs.value:+.2f}")

@@ -1,0 +1,150 @@
+"""Verdicts: what a claim of a paper predicts, tested on the rows of a sweep.
+
+A hypothesis is about two cells of the table. It is tested with the paired difference by seed and
+its two-sided t interval, at 95% for all hypotheses of a claim together (Bonferroni). A claim is
+reproduced if all of its hypotheses hold, not reproduced if one is contradicted, and underpowered
+otherwise: then the seeds were too few to tell.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from normlab.report.differences import compare
+from normlab.report.row import Row, Sweep, digest
+from normlab.report.statistics import Difference, seeds_needed
+
+OUTCOMES = ("reproduced", "not reproduced", "underpowered")
+BROKEN = "no verdict"
+"""The outcome where the verdict's own code failed."""
+
+TEST = (
+    "Paired differences by seed, two-sided t intervals, 95% for all {count} hypotheses together "
+    "(Bonferroni)."
+)
+
+Place = str | tuple[str, str]
+"""A normalizer, or (normalizer, setting) where there are several settings."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to a claim, with what it rests on."""
+
+    outcome: str  # one of OUTCOMES
+    sentences: tuple[str, ...]  # one for each hypothesis
+    test: str  # the statistical test, in words
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """`a` exceeds `b` by more than `margin` points; or, if `equal`, they differ by less."""
+
+    a: Place
+    b: Place
+    margin: float = 0.0  # points
+    equal: bool = False
+    metric: str = "test_accuracy"
+
+    def judge(self, sweep: Sweep, comparisons: int) -> tuple[bool | None, str]:
+        """Returns (holds, contradicted or None if undecided; a sentence with the numbers)."""
+        a, b = _rows(sweep, self.a), _rows(sweep, self.b)
+        difference, _ = compare(a, b, comparisons, self.metric)
+        holds = self._holds(difference)
+        statement = f"{_words(self.a)} {self._relation()} {_words(self.b)}"
+        answer = {True: "holds", False: "contradicted", None: "undecided"}[holds]
+        numbers = _numbers(difference)
+        total = seeds_needed(self._from_the_boundary(difference)) if holds is None else None
+        if total:
+            numbers += f"; about {total:,} seeds would decide"
+        return holds, f"{statement}: {answer} ({numbers})."
+
+    def _relation(self) -> str:
+        if self.equal:
+            return f"within {self.margin:g} points of"
+        return f"more than {self.margin:g} points above" if self.margin else "above"
+
+    def _from_the_boundary(self, difference: Difference) -> Difference:
+        """Returns the difference with its mean counted from where the answer changes."""
+        if difference.mean is None:
+            return difference
+        mean = abs(difference.mean) if self.equal else difference.mean
+        return replace(difference, mean=mean - self.margin)
+
+    def _holds(self, difference: Difference) -> bool | None:
+        if difference.mean is None or difference.half_width is None:
+            return None
+        low = difference.mean - difference.half_width
+        high = difference.mean + difference.half_width
+        if self.equal:
+            inside = -self.margin < low and high < self.margin
+            outside = low > self.margin or high < -self.margin
+            return True if inside else False if outside else None
+        return True if low > self.margin else False if high < self.margin else None
+
+
+def above(a: Place, b: Place, margin: float = 0.0, metric: str = "test_accuracy") -> Hypothesis:
+    """Returns the hypothesis that a − b is above `margin`, in points."""
+    return Hypothesis(a, b, margin, metric=metric)
+
+
+def close(a: Place, b: Place, margin: float, metric: str = "test_accuracy") -> Hypothesis:
+    """Returns the hypothesis that a and b differ by less than `margin` points (equivalence)."""
+    return Hypothesis(a, b, margin, equal=True, metric=metric)
+
+
+def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
+    """Returns the verdict function of a claim that stands or falls with these hypotheses."""
+
+    def verdict(sweep: Sweep) -> Verdict:
+        judged = [hypothesis.judge(sweep, len(hypotheses)) for hypothesis in hypotheses]
+        answers = [holds for holds, _ in judged]
+        outcome = "reproduced" if all(answers) else "underpowered"
+        if False in answers:
+            outcome = "not reproduced"
+        sentences = tuple(sentence for _, sentence in judged)
+        return Verdict(outcome, sentences, TEST.format(count=len(hypotheses)))
+
+    return verdict
+
+
+def judge(verdict: Callable[[Sweep], Verdict], sweep: Sweep) -> Verdict:
+    """Returns the verdict on the rows; one that fails says so and is no end of a night's sweep."""
+    try:
+        found = verdict(sweep)
+        if found.outcome not in OUTCOMES:
+            raise ValueError(f"outcome {found.outcome!r} is none of {', '.join(OUTCOMES)}")
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return Verdict(
+            BROKEN, (f"The verdict's code failed: {type(error).__name__}: {reason}",), ""
+        )
+    return found
+
+
+def as_json(verdict: Verdict, sweep: Sweep) -> dict[str, object]:
+    """Returns the verdict as it is kept in a sweep's folder, with the digest of its rows."""
+    return {"schema_version": 1, **asdict(verdict), "rows": digest(sweep)}
+
+
+def _rows(sweep: Sweep, place: Place) -> tuple[Row, ...]:
+    norm, setting = (place, None) if isinstance(place, str) else place
+    if setting is None:
+        if len(sweep.settings) != 1:
+            raise ValueError(f"{norm!r} stands in {len(sweep.settings)} settings; name one")
+        [setting] = sweep.settings
+    rows = sweep.cell(setting, norm)
+    if not rows:
+        raise ValueError(f"the sweep has no {norm!r} in setting {setting!r}")
+    return rows
+
+
+def _words(place: Place) -> str:
+    return place if isinstance(place, str) else f"{place[0]} in {place[1]}"
+
+
+def _numbers(difference: Difference) -> str:
+    if difference.mean is None:
+        return "no pair of runs"
+    if difference.half_width is None:
+        return f"{difference.mean:+.2f} points from one seed, so no interval"
+    return f"{difference.mean:+.2f} ± {difference.half_width:.2f} points, {difference.n} seeds"
