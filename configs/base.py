@@ -29,6 +29,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.data.source = "sklearn"  # where bytes come from: sklearn (digits), archive (on disk)
     config.data.path = optional(str)  # the archive, or the folder that holds it
     config.data.num_validation = 0  # training examples held out to choose on; 0: none
+    config.data.binarize = False  # pixels become 0 below 128 and 1 from there, unscaled
     config.data.crop_padding = 0  # pixels of zero padding before a random crop; 0: no crop
     config.data.flip = False  # mirror half of the training images left to right
     config.data.cutout_size = 0  # side of the square masked in each training image, pixels; 0: none
@@ -68,6 +69,11 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     add_duration(config, "eval.every", epochs=1.0)  # between evaluations on the test set
     config.eval.batch_size = 1024  # examples at a time; no result depends on it
     config.eval.use_ema = True  # evaluate the moving average, where there is one
+
+    config.probe = ConfigDict()
+    config.probe.layer = optional(str)  # normalizer whose output is recorded at each evaluation
+    config.probe.unit = 0  # its unit (channel), from 0
+    config.probe.percentiles = (15.0, 50.0, 85.0)  # of that unit's values over the test set
 
     config.log = ConfigDict()
     add_duration(config, "log.every", epochs=1.0)  # between lines of training metrics

@@ -194,6 +194,22 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
                 _parent(config, sibling)[sibling.rpartition(".")[2]] = None
 
 
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the overrides of all layers; where they disagree the later one holds.
+
+    A duration that a later layer gives in another unit replaces the earlier one.
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for name in layer:
+            stem, _, unit = name.rpartition("_")
+            for other in UNITS:
+                if unit in UNITS and f"{stem}_{other}" not in layer:
+                    found.pop(f"{stem}_{other}", None)
+        found |= layer
+    return found
+
+
 def _set(config: ConfigDict, name: str, value: Any) -> None:
     field_names = list(flatten(config))
     if name not in field_names:

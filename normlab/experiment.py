@@ -15,7 +15,7 @@ from typing import Any
 
 from normlab.errors import UserError, nearest, unknown
 from normlab.grid import Grid, grid, settings, tune
-from normlab.report.row import Sweep
+from normlab.report.row import Row, Sweep
 from normlab.report.verdict import Hypothesis, Verdict, above, all_of, close
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Hypothesis",
     "Measured",
     "Published",
+    "Row",
     "Scale",
     "Sweep",
     "Verdict",

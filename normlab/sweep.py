@@ -62,7 +62,7 @@ def make_plan(
     sweep.json for the report. Every config is built (without computing) before any runs, so a
     mistake in one setting is found before the first run starts. Raises UserError.
     """
-    from normlab.config import flatten, load_config
+    from normlab.config import flatten, layered, load_config
     from normlab.norms import NORMS
     from normlab.training.setup import build_parts, id_of
 
@@ -74,6 +74,9 @@ def make_plan(
         norm = point.fields.get("norm")
         if norm is not None and norm not in NORMS:
             raise unknown("norm", norm, NORMS)
+    for name in overrides:
+        if all(name in point.fields for point in grid):
+            raise UserError(f"the sweep sets {name!r} itself; an override would change nothing")
     sources = {_key(point): _with_choices(source, point.choices) for point in grid}
     configs = {text: load_config(text) for text in set(sources.values())}
     has = {text: set(flatten(config)) for text, config in configs.items()}
@@ -85,7 +88,7 @@ def make_plan(
             text = sources[_key(point)]
             chosen = {
                 name: value
-                for name, value in {**overrides, **point.overrides, "seed": seed}.items()
+                for name, value in layered(overrides, point.overrides, {"seed": seed}).items()
                 if name in has[text] or name not in everywhere
             }
             config = load_config(text, chosen)
@@ -128,8 +131,9 @@ def _with_choices(source: str, choices: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock; raises UserError if that cannot be."""
+    """Makes the folder and holds its lock; raises UserError if it is not ours to take."""
     try:
+        _earlier_plan(folder)  # a folder of something else is refused before anything is left in it
         folder.mkdir(parents=True, exist_ok=True)
         with run.locked(folder):
             yield
@@ -168,7 +172,7 @@ def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) ->
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:
-    return {
+    data = {
         "schema_version": 1,
         "config": plan.config,
         "overrides": dict(plan.overrides),
@@ -178,6 +182,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "runs": [{"id": planned.id, "labels": dict(planned.labels)} for planned in plan.runs],
         **({"experiment": dict(plan.experiment)} if plan.experiment else {}),
     }
+    return json.loads(json.dumps(data))  # as it is read again: a tuple is a list
 
 
 def _earlier_plan(folder: Path) -> dict[str, Any] | None:
@@ -207,6 +212,9 @@ def _check_same_meaning(there: Mapping[str, Any], here: Mapping[str, Any], folde
             "choose another folder"
         )
 
+    names = [(plan.get("experiment") or {}).get("name", "none") for plan in (there, here)]
+    if names[0] != names[1]:
+        refuse("experiment", *map(repr, names))
     if there["config"] != here["config"]:
         refuse("config", repr(there["config"]), repr(here["config"]))
     pairs = [("override", there["overrides"], here["overrides"])]

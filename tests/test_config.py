@@ -11,6 +11,7 @@ from normlab.config import (
     flatten,
     from_json,
     identity,
+    layered,
     load_config,
     meanings,
     run_id,
@@ -173,6 +174,15 @@ def test_the_unit_given_last_replaces_the_default_one():
 def test_two_units_of_one_duration_are_refused():
     config = overridden(train__num_steps=7, train__num_epochs=2.0)
     assert "exactly one" in error_of(RunLength.of, config)
+
+
+def test_the_layer_above_replaces_a_duration_in_another_unit():
+    below, above = {"train.num_epochs": 3, "optim.base_lr": 0.1}, {"train.num_steps": 7}
+    assert layered(below, above) == {"optim.base_lr": 0.1, "train.num_steps": 7}
+    # Within a layer both stay, to be refused.
+    both = {"train.num_steps": 7, "train.num_epochs": 2}
+    assert layered({}, both) == both
+    assert layered({"optim.base_lr": 0.1}, {"optim.base_lr": 0.2}) == {"optim.base_lr": 0.2}
 
 
 def test_durations_become_steps():

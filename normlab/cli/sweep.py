@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Plans, runs what is not done, judges, reports; returns 0 if every run ended well."""
     from normlab import run, sweep
+    from normlab.config import layered
     from normlab.experiment import load_experiment
     from normlab.report import verdict
 
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         scale.config,
         scale.sweep,
         seeds=range(args.seeds or scale.seeds),
-        overrides={**scale.overrides, **args.overrides},
+        overrides=layered(scale.overrides, args.overrides),
         experiment=experiment.facts(name, args.scale),
     )
 

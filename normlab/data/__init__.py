@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normlab.data.augmentation import augment
-    from normlab.data.info import DATASETS, DatasetInfo, dataset_info
+    from normlab.data.info import DATASETS, DatasetInfo, binary, dataset_info
     from normlab.data.pipeline import (
         Examples,
         epoch_permutation,
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
         step_key,
         train_indices,
     )
-    from normlab.data.sources import Dataset, Split, check_source, hold_out, load
+    from normlab.data.sources import Dataset, Split, binarized, check_source, hold_out, load
 
 _HOMES = {
     "augmentation": ("augment",),
-    "info": ("DATASETS", "DatasetInfo", "dataset_info"),
+    "info": ("DATASETS", "DatasetInfo", "binary", "dataset_info"),
     "pipeline": (
         "Examples",
         "epoch_permutation",
@@ -32,7 +32,7 @@ _HOMES = {
         "step_key",
         "train_indices",
     ),
-    "sources": ("Dataset", "Split", "check_source", "hold_out", "load"),
+    "sources": ("Dataset", "Split", "binarized", "check_source", "hold_out", "load"),
 }
 
 __all__ = [
@@ -42,6 +42,8 @@ __all__ = [
     "Examples",
     "Split",
     "augment",
+    "binarized",
+    "binary",
     "check_source",
     "dataset_info",
     "epoch_permutation",

@@ -79,6 +79,12 @@ DATASETS = {
 """Data sets by config name."""
 
 
+def binary(info: DatasetInfo) -> DatasetInfo:
+    """Returns the facts of a data set whose pixels are 0 and 255, to be read as 0 and 1."""
+    channels = info.image_shape[-1]
+    return dataclasses.replace(info, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
 def dataset_info(name: str) -> DatasetInfo:
     """Returns the facts of the data set `name`; raises UserError if there is none."""
     if name not in DATASETS:

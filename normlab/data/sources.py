@@ -55,6 +55,11 @@ def load(config: Any) -> Dataset:
     return Dataset(train, test, info, _fingerprint(info.name, train, test))
 
 
+def binarized(split: Split) -> Split:
+    """Returns the images with every pixel below 128 as 0 and the others as 255."""
+    return Split(np.where(split.images < 128, np.uint8(0), np.uint8(255)), split.labels)
+
+
 def hold_out(train: Split, count: int) -> tuple[Split, Split | None]:
     """Returns (what is left to train on, `count` validation examples or None if 0).
 

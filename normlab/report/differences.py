@@ -1,6 +1,6 @@
 """Each normalizer against the baseline, seed by seed, within each setting."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from normlab.report.row import MEASURED, Row, Sweep
 from normlab.report.statistics import Difference, paired_difference, seeds_needed
@@ -47,22 +47,31 @@ def pairs(sweep: Sweep) -> list[Pair]:
     ]
 
 
-def compare(
-    runs: Sequence[Row], base: Sequence[Row], comparisons: int, metric: str = "test_accuracy"
-) -> tuple[Difference, tuple[str, ...]]:
-    """Returns the paired difference runs − base in points, and which seeds are not paired and why.
+def accuracy_in_points(row: Row) -> float | None:
+    """Returns a run's final test accuracy in percent."""
+    accuracy = row.number("test_accuracy")
+    return None if accuracy is None else 100 * accuracy
 
-    A fraction (accuracy) is multiplied by 100. Runs pair by seed if they ended with a measurement
-    and the hashes of what they should share agree.
+
+def compare(
+    runs: Sequence[Row],
+    base: Sequence[Row],
+    comparisons: int,
+    measure: Callable[[Row], float | None] = accuracy_in_points,
+) -> tuple[Difference, tuple[str, ...]]:
+    """Returns the paired difference runs − base of a measure, and which seeds do not pair and why.
+
+    Runs pair by seed if they ended with a measurement and the hashes of what they should share
+    agree.
     """
     reasons = {a.seed: unpaired(a, b) for a in runs for b in base if a.seed == b.seed}
     marks = tuple(f"seed {seed} not paired: {why}" for seed, why in reasons.items() if why)
     ours, theirs = (
         {
-            row.seed: 100 * value
+            row.seed: value
             for row in group
             if row.seed is not None and not reasons.get(row.seed) and row.state in MEASURED
-            if (value := row.number(metric)) is not None
+            if (value := measure(row)) is not None
         }
         for group in (runs, base)
     )

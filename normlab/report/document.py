@@ -67,7 +67,9 @@ def _published(sweep: Sweep) -> list[str]:
     parts = []
     for table in sweep.claim.published if sweep.claim else ():
         caption = " ".join(notes.published(table))
-        parts += [escape_markdown(caption), markdown_table(beside(sweep, table))]
+        drawn = beside(sweep, table)
+        parts.append(escape_markdown(caption))
+        parts += [markdown_table(drawn)] if drawn.rows else []
     return ["## The paper's numbers beside ours", *parts] if parts else []
 
 

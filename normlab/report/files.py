@@ -1,6 +1,7 @@
 """The files of a run folder as plain values: what cannot be read becomes a note, never a crash."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,16 @@ def read_json(path: Path, notes: list[str], *, required: bool = True) -> dict[st
     return value
 
 
-def read_curve(path: Path, notes: list[str], *, required: bool) -> tuple[tuple[int, float], ...]:
-    """Returns (steps, test accuracy) of the lines of metrics.jsonl that have them, by step."""
+_PERCENTILE = re.compile(r"p[0-9]{1,3}(\.[0-9]{1,6})?")
+
+Curve = tuple[tuple[int, float], ...]  # (steps, value), by step
+
+
+def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve, dict[str, Curve]]:
+    """Returns metrics.jsonl's curve of test accuracy, and those of the probe by percentile."""
     lines = (_read(path, notes, required) or b"").split(b"\n")
     points: dict[int, float] = {}
+    probe: dict[str, dict[int, float]] = {}
     passed_over: dict[int, float] = {}
     unreadable = []
     for line_number, line in enumerate(lines, 1):
@@ -37,6 +44,10 @@ def read_curve(path: Path, notes: list[str], *, required: bool) -> tuple[tuple[i
             continue
         if event.get("split") == "test" and accuracy is not None:
             points[step] = accuracy
+        if event.get("split") == "probe":
+            for name, value in event.items():
+                if _PERCENTILE.fullmatch(name) and (measured := number(value)) is not None:
+                    probe.setdefault(one_line(name), {})[step] = measured
         # Counted since the line before; keyed by step, so that a line written twice counts once.
         passed_over[step] = number(event.get("nonfinite")) or passed_over.get(step, 0)
     if unreadable == [len(lines)]:
@@ -47,6 +58,10 @@ def read_curve(path: Path, notes: list[str], *, required: bool) -> tuple[tuple[i
     count = sum(passed_over.values())
     if count:
         notes.append(f"{count:.0f} steps passed over because something was not finite")
+    return _by_step(points), {name: _by_step(values) for name, values in probe.items()}
+
+
+def _by_step(points: dict[int, float]) -> Curve:
     return tuple(sorted(points.items()))
 
 

@@ -55,6 +55,17 @@ def published(table: PublishedTable) -> list[str]:
     return found
 
 
+def probe(sweep: Sweep) -> str:
+    """Returns what the panels of the probe show."""
+    layer, unit = (_common(sweep, f"probe.{name}") for name in ("layer", "unit"))
+    names = {name for row in sweep.rows for name in row.probe}
+    shown = ", ".join(f"{name[1:]}th" for name in sorted(names, key=lambda x: float(x[1:])))
+    return (
+        f"The {shown} percentiles of what unit {unit} of {layer} gives to its activation, over the "
+        "test set with running statistics, against optimizer steps; first seed."
+    )
+
+
 def choices(sweep: Sweep) -> list[str]:
     """Returns which candidate each tuned cell shows, and how the others did."""
     found = []

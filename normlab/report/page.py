@@ -31,6 +31,7 @@ def html(sweep: Sweep) -> str:
         _choices(sweep),
         _published(sweep),
         _curves(sweep),
+        _percentiles(sweep),
         _differences(sweep),
         "<h2>Evaluations and cost</h2>",
         f'<p class="muted">{notes.COSTS}</p>',
@@ -106,7 +107,9 @@ def _published(sweep: Sweep) -> str:
     parts = []
     for table in sweep.claim.published if sweep.claim else ():
         caption = escape(" ".join(notes.published(table)))
-        parts += [f'<p class="muted">{caption}</p>', _table(beside(sweep, table), "published")]
+        drawn = beside(sweep, table)
+        parts.append(f'<p class="muted">{caption}</p>')
+        parts += [_table(drawn, "published")] if drawn.rows else []
     return "\n".join(["<h2>The paper's numbers beside ours</h2>", *parts]) if parts else ""
 
 
@@ -117,6 +120,21 @@ def _differences(sweep: Sweep) -> str:
     caption = escape(notes.differences(baseline_of(sweep), len(table.rows)))
     drawn = _table(table, "differences")
     return f'<h2>Paired differences</h2>\n<p class="muted">{caption}</p>\n{drawn}'
+
+
+def _percentiles(sweep: Sweep) -> str:
+    panels = plots.percentiles(sweep)
+    if not panels:
+        return ""
+    many = len(sweep.settings) > 1
+    figures = "".join(
+        f"<figure><h3>{escape(f'{norm} in {setting}' if many else norm)}</h3>{svg}</figure>"
+        for (setting, norm), svg in panels.items()
+    )
+    return (
+        f'<h2>One unit over training</h2>\n<p class="muted">{escape(notes.probe(sweep))}</p>\n'
+        f'<div class="panels">{figures}</div>'
+    )
 
 
 def _provenance(sweep: Sweep) -> str:

@@ -48,6 +48,37 @@ def curves(sweep: Sweep) -> dict[str, str]:
         }
 
 
+def percentiles(sweep: Sweep) -> dict[tuple[str, str], str]:
+    """Returns {(setting, normalizer): SVG} of the probe's percentiles, of the first seed."""
+    first = {}
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            rows = [row for row in sweep.cell(setting, norm) if row.probe]
+            if rows:
+                first[setting, norm] = rows[0]
+    values = [value for row in first.values() for curve in row.probe.values() for _, value in curve]
+    with _plain_matplotlib():
+        return {
+            cell: _svg(_percentile_panel(row, sweep.norms.index(cell[1]), values), f"probe{index}")
+            for index, (cell, row) in enumerate(first.items())
+        }
+
+
+def _percentile_panel(row: Row, index: int, values: list[float]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.7, 3.2))
+    axes = figure.add_axes((0.15, 0.145, 0.83, 0.835))
+    for curve in row.probe.values():
+        steps, measured = zip(*curve, strict=True)
+        axes.plot(steps, measured, color=_style(index)["color"], linewidth=1.4)
+    margin = 0.04 * max(max(values) - min(values), 1e-9)
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+    axes.set_ylabel("input of the activation")
+    _steps_axis(axes)
+    return figure
+
+
 def keys(sweep: Sweep) -> dict[str, str]:
     """Returns {normalizer: SVG of its line}, the legend of `curves`."""
     from matplotlib.figure import Figure
@@ -70,19 +101,24 @@ def _curves_of(sweep: Sweep, setting: str) -> Iterator[Row]:
 
 def _panel(sweep: Sweep, setting: str, limits: tuple[float, float]) -> "Figure":
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure = Figure(figsize=(4.7, 3.2))
     axes = figure.add_axes((0.125, 0.145, 0.855, 0.835))
     for index, norm in enumerate(sweep.norms):
         _draw(axes, [row for row in _curves_of(sweep, setting) if row.norm == norm], index)
     _scale(axes, *limits)
+    axes.set_ylabel("test accuracy (%)")
+    _steps_axis(axes)
+    return figure
+
+
+def _steps_axis(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     axes.set_xlim(left=0)
     axes.set_xlabel("steps")
-    axes.set_ylabel("test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    return figure
 
 
 def _scale(axes: "Axes", low: float, high: float) -> None:

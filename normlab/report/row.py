@@ -34,6 +34,7 @@ class Row:
     shared_with: str = ""  # the earlier setting that has the very same run, if any
     result: Mapping[str, float | str] = field(default_factory=dict)  # result.json's finite numbers
     curve: tuple[tuple[int, float], ...] = ()  # (steps, test accuracy as a fraction), by step
+    probe: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # percentiles
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)  # commit, versions, devices, ...
     pairing: Mapping[str, str] = field(default_factory=dict)  # what runs of one seed share: hashes

@@ -22,8 +22,8 @@ from normlab.report.files import (
     pairing,
     plain_text,
     provenance,
-    read_curve,
     read_json,
+    read_metrics,
 )
 from normlab.report.row import STATES, Row, Sweep
 from normlab.report.selection import choose
@@ -239,6 +239,7 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
     finished = state in ("done", "diverged")
     result = read_json(path / "result.json", notes, required=finished)
     manifest = read_json(path / "manifest.json", notes)
+    curve, probe = read_metrics(path / "metrics.jsonl", notes, required=finished)
     return replace(
         row,
         id=one_line(manifest.get("id") or path.name),
@@ -246,7 +247,8 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
         step=integer(status.get("step")),
         message=one_line(status.get("message") or ""),
         result=finite_result(result),
-        curve=read_curve(path / "metrics.jsonl", notes, required=finished),
+        curve=curve,
+        probe=probe,
         config=read_json(path / "config.json", notes),
         provenance=provenance(manifest),
         pairing=pairing(manifest),

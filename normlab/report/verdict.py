@@ -8,8 +8,9 @@ otherwise: then the seeds were too few to tell.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from normlab.report.differences import compare
+from normlab.report.differences import accuracy_in_points, compare
 from normlab.report.row import Row, Sweep, digest
 from normlab.report.statistics import Difference, seeds_needed
 
@@ -21,6 +22,8 @@ TEST = (
     "Paired differences by seed, two-sided t intervals, 95% for all {count} hypotheses together "
     "(Bonferroni)."
 )
+
+Measure = Callable[[Row], float | None]
 
 Place = str | tuple[str, str]
 """A normalizer, or (normalizer, setting) where there are several settings."""
@@ -37,31 +40,34 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """`a` exceeds `b` by more than `margin` points; or, if `equal`, they differ by less."""
+    """`a` exceeds `b` by more than `margin`; or, if `equal`, they differ by less."""
 
     a: Place
     b: Place
-    margin: float = 0.0  # points
+    margin: float = 0.0
     equal: bool = False
-    metric: str = "test_accuracy"
+    measure: Measure = accuracy_in_points
+    what: str = ""  # the measure in words, "" for test accuracy
+    unit: str = "points"
 
     def judge(self, sweep: Sweep, comparisons: int) -> tuple[bool | None, str]:
         """Returns (holds, contradicted or None if undecided; a sentence with the numbers)."""
         a, b = _rows(sweep, self.a), _rows(sweep, self.b)
-        difference, _ = compare(a, b, comparisons, self.metric)
+        difference, _ = compare(a, b, comparisons, self.measure)
         holds = self._holds(difference)
-        statement = f"{_words(self.a)} {self._relation()} {_words(self.b)}"
+        about = f"{self.what} of " if self.what else ""
+        statement = f"{about}{_words(self.a)} {self._relation()} {_words(self.b)}"
         answer = {True: "holds", False: "contradicted", None: "undecided"}[holds]
-        numbers = _numbers(difference)
+        numbers = _numbers(difference, self.unit)
         total = seeds_needed(self._from_the_boundary(difference)) if holds is None else None
         if total:
-            numbers += f"; about {total:,} seeds would decide"
+            numbers += f"; about {total:,} in all would decide"
         return holds, f"{statement}: {answer} ({numbers})."
 
     def _relation(self) -> str:
         if self.equal:
-            return f"within {self.margin:g} points of"
-        return f"more than {self.margin:g} points above" if self.margin else "above"
+            return f"within {self.margin:g} {self.unit} of"
+        return f"more than {self.margin:g} {self.unit} above" if self.margin else "above"
 
     def _from_the_boundary(self, difference: Difference) -> Difference:
         """Returns the difference with its mean counted from where the answer changes."""
@@ -82,14 +88,17 @@ class Hypothesis:
         return True if low > self.margin else False if high < self.margin else None
 
 
-def above(a: Place, b: Place, margin: float = 0.0, metric: str = "test_accuracy") -> Hypothesis:
-    """Returns the hypothesis that a − b is above `margin`, in points."""
-    return Hypothesis(a, b, margin, metric=metric)
+def above(a: Place, b: Place, margin: float = 0.0, **of_what: Any) -> Hypothesis:
+    """Returns the hypothesis that a − b is above `margin`.
+
+    `of_what`: `measure`, `what` and `unit` of a hypothesis about something else than test accuracy.
+    """
+    return Hypothesis(a, b, margin, **of_what)
 
 
-def close(a: Place, b: Place, margin: float, metric: str = "test_accuracy") -> Hypothesis:
-    """Returns the hypothesis that a and b differ by less than `margin` points (equivalence)."""
-    return Hypothesis(a, b, margin, equal=True, metric=metric)
+def close(a: Place, b: Place, margin: float, **of_what: Any) -> Hypothesis:
+    """Returns the hypothesis that a and b differ by less than `margin` (equivalence)."""
+    return Hypothesis(a, b, margin, equal=True, **of_what)
 
 
 def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
@@ -142,9 +151,9 @@ def _words(place: Place) -> str:
     return place if isinstance(place, str) else f"{place[0]} in {place[1]}"
 
 
-def _numbers(difference: Difference) -> str:
+def _numbers(difference: Difference, unit: str) -> str:
     if difference.mean is None:
         return "no pair of runs"
     if difference.half_width is None:
-        return f"{difference.mean:+.2f} points from one seed, so no interval"
-    return f"{difference.mean:+.2f} ± {difference.half_width:.2f} points, {difference.n} seeds"
+        return f"{difference.mean:+.2f} {unit} from one seed, so no interval"
+    return f"{difference.mean:+.2f} ± {difference.half_width:.2f} {unit}, {difference.n} seeds"

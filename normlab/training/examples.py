@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from normlab.data import Examples, hold_out, load
+from normlab.data import Examples, binarized, hold_out, load
 from normlab.training import parallel
 
 
@@ -24,9 +24,9 @@ def load_on_devices(config: ConfigDict, mesh: Mesh) -> DeviceData:
     data = load(config.data)
     train, validation = hold_out(data.train, config.data.num_validation)
     splits = {"train": train, "validation": validation, "test": data.test}
-    placed = {
-        name: parallel.replicate((split.images, split.labels), mesh)
-        for name, split in splits.items()
-        if split is not None
-    }
+    placed = {}
+    for name, split in splits.items():
+        if split is not None:
+            split = binarized(split) if config.data.binarize else split
+            placed[name] = parallel.replicate((split.images, split.labels), mesh)
     return DeviceData(placed.pop("train"), placed, data.fingerprint)

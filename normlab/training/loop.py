@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from normlab import models, run
 from normlab.data import augment, fetch, order_hash, step_key, train_indices
 from normlab.training import checkpoint, parallel
-from normlab.training.evaluate import Evaluator, by_split
+from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import load_on_devices
+from normlab.training.probe import unit_percentiles
 from normlab.training.record import describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
 from normlab.training.signals import Interrupted, Signals
@@ -253,6 +254,21 @@ class _Run:
         for split, examples in self.data.evaluated.items():
             metrics = self.evaluator.running(variables, examples, batch_size)
             self._log({"step": self.step, "split": split, **metrics})
+        self._probe(variables)
+
+    def _probe(self, variables: Variables) -> None:
+        parts = self.parts
+        if parts.config.probe.layer is None:
+            return
+        found = unit_percentiles(
+            parts.config,
+            parts.model,
+            parts.info,
+            self.compiler,
+            variables,
+            self.data.evaluated["test"],
+        )
+        self._log({"step": self.step, "split": "probe", **found})
 
     def _conclude(self) -> dict[str, Any]:
         """Evaluates the final state in all its ways and writes the result and the status."""
@@ -262,6 +278,7 @@ class _Run:
         final = self.evaluator.all_ways(self.parts, variables, self.data, recompute=not diverged)
         for split, metrics in final.items():
             self._log({"step": self.step, "split": split, **metrics})
+        self._probe(variables)
         timing = self._timing()
         steps_seconds = timing["train_seconds"] / max(self.step, 1)
         result: dict[str, Any] = {

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 
 from normlab import models, optim
 from normlab.config import flatten, identity, run_id
-from normlab.data import DatasetInfo, check_source, dataset_info
+from normlab.data import DatasetInfo, binary, check_source, dataset_info
 from normlab.errors import UserError
 from normlab.norms import NORMS, NormFactory
 from normlab.optim.schedules import Schedule
 from normlab.run_length import RunLength
 from normlab.training import parallel
+from normlab.training.probe import check_probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,11 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
         model = models.build(config, length, num_devices=parallel.num_devices())
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from error
+    info = dataset_info(config.data.name)
     parts = Parts(
         config=config,
         length=length,
-        info=dataset_info(config.data.name),
+        info=binary(info) if config.data.binarize else info,
         model=model,
         direction=optim.build_direction(config),
         schedule=optim.build_schedule(config, length),
@@ -76,6 +78,7 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
         kind, data = config.model.kind, config.data.name
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {kind!r} cannot take the images of {data!r}: {reason}") from error
+    check_probe(config, model, parts.info)
     return parts
 
 
