@@ -4,6 +4,7 @@ The same plan skips done runs, resumes cut-off ones, retries failed ones and add
 are processes (`normlab.worker`), so a crash takes down one run and nothing else.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from normlab.errors import UserError
 from normlab.sweep import Plan, PlannedRun
 
 ATTEMPTS = 2  # a run whose worker died is resumed once
+ORPHAN_SECONDS = 120.0  # how long a run waits for a worker of an earlier sweep to leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +62,36 @@ def run_plan(
     for planned in pending:
         tasks.put(planned)
     workers = [_Worker(folder, threads, number) for number in range(min(jobs, len(pending)))]
-    hands = [
-        threading.Thread(target=_work, args=(worker, tasks, folder, states, tracker), daemon=True)
-        for worker in workers
-    ]
-    for hand in hands:
-        hand.start()
-    before = signal.signal(signal.SIGTERM, _stop)
+    faults: list[BaseException] = []
+
+    def work(worker: _Worker) -> None:
+        try:
+            _work(worker, tasks, folder, states, tracker)
+        except BaseException as fault:
+            faults.append(fault)
+            worker.stop()
+            worker.close()
+
+    hands = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for hand in hands:
+            hand.start()
         for hand in hands:
             while hand.is_alive():
                 hand.join(timeout=0.2)
+                if faults:
+                    raise faults[0]
     except BaseException:
         for worker in workers:
             worker.stop()
         for hand in hands:
-            hand.join()
+            if hand.ident is not None:
+                hand.join()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return {run_id: state or "planned" for run_id, state in states.items()}
 
 
@@ -122,17 +136,35 @@ def _work(
             planned = tasks.get_nowait()
         except queue.Empty:
             break
+        _wait_for_orphan(folder / planned.id)
         outcome = {"state": "failed", "message": "the worker process did not start"}
         for _ in range(ATTEMPTS):
             outcome = worker.run(planned, folder / planned.id, tracker.advance)
             if not outcome.get("crashed") or worker.stopped:
                 break
-        if outcome.get("crashed") and (folder / planned.id).is_dir():
-            step = (run.last_timing(folder / planned.id) or {}).get("step", 0)
-            run.write_status(folder / planned.id, outcome["state"], int(step), outcome["message"])
+        if outcome["state"] == "failed" or outcome.get("crashed"):
+            _note(folder / planned.id, outcome)
         states[planned.id] = outcome["state"]
         tracker.end(planned, outcome["message"])
     worker.close()
+
+
+def _note(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Leaves in the run's status what its process could not say, or said before it opened it."""
+    if (folder / "identity.json").exists() and not run.is_locked(folder):
+        step = run.last_timing(folder).get("step", 0)
+        message = outcome["message"].removeprefix("failed: ")
+        run.write_status(folder, outcome["state"], int(step or 0), message)
+
+
+def _wait_for_orphan(folder: Path) -> None:
+    """Waits for a worker of a killed sweep to leave the folder.
+
+    Its closed stdin has told it to, but in a compilation it hears that late.
+    """
+    until = time.monotonic() + ORPHAN_SECONDS
+    while run.is_locked(folder) and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 class _Tracker:
@@ -181,6 +213,8 @@ class _Worker:
         on_progress: Callable[[PlannedRun, float], None],
     ) -> dict[str, Any]:
         """Returns {"state", "message"} of the run; with "crashed" if the process died of it."""
+        if self.stopped:
+            return {"state": "interrupted", "message": "stopped before it began"}
         process = self._started()
         task = {
             "source": planned.source,
@@ -189,16 +223,14 @@ class _Worker:
         }
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the process is gone
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-            for line in process.stdout:
-                reply = json.loads(line)
-                if "state" in reply:
-                    return reply
-                on_progress(planned, reply["progress"])
-        except BrokenPipeError:
-            pass
+        for line in process.stdout:
+            reply = json.loads(line)
+            if "state" in reply:
+                return reply
+            on_progress(planned, reply["progress"])
         code = process.wait()
         self._process = None
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -231,5 +263,6 @@ class _Worker:
         """Lets an idle process end, and waits for it."""
         if self._process is not None:
             assert self._process.stdin is not None
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait()

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -125,11 +126,17 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises UserError if the file is there and is no result.
     """
     result = read_json(folder / "result.json")
-    if result is not None and result.get("status") not in ("done", "diverged"):
+    if result is None:
+        return None
+    path = folder / "result.json"
+    if result.get("status") not in ("done", "diverged"):
         raise UserError(
-            f"{folder / 'result.json'} has status {result.get('status')!r}, neither 'done' nor "
-            "'diverged'; move it away to train on"
+            f"{path} has status {result.get('status')!r}, neither 'done' nor 'diverged'; "
+            "move it away to train on"
         )
+    accuracy = result.get("test_accuracy", "nothing")
+    if accuracy is not None and not isinstance(accuracy, (int, float)):
+        raise UserError(f"{path} has test_accuracy {accuracy!r}; move it away to train on")
     return result
 
 
@@ -173,10 +180,10 @@ def open_folder(folder: Path, identity_config: dict[str, Any]) -> None:
         raise UserError(f"workdir {str(folder)!r} cannot be written: {reason}") from error
     there = read_json(folder / "identity.json")
     if there is None:
-        strangers = [path.name for path in folder.iterdir() if path.name != "lock"]
-        if strangers:
+        found = strangers(folder)
+        if found:
             raise UserError(
-                f"workdir {str(folder)!r} is not a run folder and holds {sorted(strangers)[0]!r}; "
+                f"workdir {str(folder)!r} is not a run folder and holds {found[0]!r}; "
                 "choose an empty or new folder"
             )
         write_json(folder / "identity.json", identity_config)
@@ -191,6 +198,18 @@ def open_folder(folder: Path, identity_config: dict[str, Any]) -> None:
             f"workdir {str(folder)!r} holds the run of another config: "
             f"{name} is {old!r} there and {new!r} here; choose another folder"
         )
+
+
+def strangers(folder: Path) -> list[str]:
+    """Returns what a folder holds beside what a process leaves that was killed in its first write.
+
+    [] if there is no such folder.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if not _FIRST_WRITES.fullmatch(name)]
+
+
+_FIRST_WRITES = re.compile(r"lock|\.(probe|identity\.json|sweep\.json)\.\d+")
 
 
 def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, Any] | None:
@@ -314,6 +333,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _cpu_model() -> str:
+    """Returns the processor's name as Linux has it; "unknown" elsewhere."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return "unknown"
+
+
 def describe_machine() -> dict[str, Any]:
     """Returns what a run stood on apart from its config: commit, versions, threads, environment."""
     commit, dirty = git_state()
@@ -322,6 +351,7 @@ def describe_machine() -> dict[str, Any]:
         "git_dirty": dirty,
         "python": platform.python_version(),
         "platform": f"{sys.platform}-{platform.machine()}",
+        "cpu": f"{len(os.sched_getaffinity(0))} cores, {_cpu_model()}",
         "versions": {name: _version(name) for name in _PACKAGES},
         "threads": threads(),
         "environment": {name: os.environ[name] for name in RECORDED if name in os.environ},

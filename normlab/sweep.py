@@ -6,7 +6,9 @@ Runs are content-addressed (`config.run_id`), so settings that cannot differ sha
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,13 +106,24 @@ def make_plan(
             if point.tuned:
                 labels["tuned"] = dict(point.tuned)
             runs.append(PlannedRun(id_of(config), labels, text, chosen))
+
+    def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields as the configs have them: 4, "4" and (4,) may be one value."""
+        found = {}
+        for name, value in fields.items():
+            text = next((text for text in has if name in has[text]), None)
+            found[name] = flatten(load_config(text, {name: value}))[name] if text else value
+        return found
+
     named: dict[str, dict[str, Any]] = {}
     for point in grid:
         tuned_or_norm = {"norm", *point.tuned}
         fields = {name: x for name, x in point.fields.items() if name not in tuned_or_norm}
-        named[point.setting] = named.get(point.setting, {}) | fields
+        named[point.setting] = named.get(point.setting, {}) | plain(fields)
     norms = tuple(dict.fromkeys(planned.labels["norm"] for planned in runs))
-    return Plan(source, norms, named, seeds, dict(overrides), tuple(runs), experiment)
+    path, colon, choices = source.partition(":")
+    source = f"{os.path.normpath(path)}{colon}{choices}"
+    return Plan(source, norms, named, seeds, plain(overrides), tuple(runs), experiment)
 
 
 def _key(point: Point) -> tuple[tuple[str, str], ...]:
@@ -132,13 +145,17 @@ def _with_choices(source: str, choices: Mapping[str, str]) -> str:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Makes the folder and holds its lock; raises UserError if it is not ours to take."""
-    try:
-        _earlier_plan(folder)  # a folder of something else is refused before anything is left in it
-        folder.mkdir(parents=True, exist_ok=True)
-        with run.locked(folder):
-            yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"workdir {str(folder)!r} cannot be written: {error.strerror}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            _earlier_plan(folder)  # another's folder is refused before anything is left in it
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run.locked(folder))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            reason = os.strerror(error.errno or 0)
+            raise UserError(f"workdir {str(folder)!r} cannot be written: {reason}") from error
+        yield
 
 
 def write_plan(plan: Plan, folder: Path, *, redo_other_commits: bool = False) -> None:
@@ -190,14 +207,33 @@ def _earlier_plan(folder: Path) -> dict[str, Any] | None:
     path = folder / run.SWEEP
     earlier = run.read_json(path) if folder.is_dir() else None
     if earlier is None:
-        if folder.is_dir() and any(file.name != "lock" for file in folder.iterdir()):
-            raise UserError(f"workdir {str(folder)!r} holds something that is not a comparison")
+        found = run.strangers(folder)
+        if found:
+            raise UserError(
+                f"workdir {str(folder)!r} is no comparison's and holds {found[0]!r}; "
+                "choose an empty or new folder"
+            )
         return None
-    kinds = {"config": str, "overrides": dict, "settings": dict, "norms": list, "seeds": list}
-    for name, kind in (kinds | {"runs": list}).items():
-        if not isinstance(earlier.get(name), kind):
-            raise UserError(f"{path} is damaged: its {name!r} is {earlier.get(name)!r}")
+    for name, (kind, inner) in _SHAPE.items():
+        value: Any = earlier.get(name)
+        parts = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, kind) or not all(isinstance(part, inner) for part in parts):
+            raise UserError(f"{path} is damaged: its {name!r} is {value!r}"[:300])
+    for entry in earlier["runs"]:
+        if not isinstance(entry.get("id"), str) or not isinstance(entry.get("labels"), dict):
+            raise UserError(f"{path} is damaged: it has the run {entry!r}"[:300])
     return earlier
+
+
+_SHAPE: dict[str, tuple[type, type]] = {
+    "config": (str, str),
+    "overrides": (dict, object),
+    "settings": (dict, dict),
+    "norms": (list, str),
+    "seeds": (list, int),
+    "runs": (list, dict),
+}
+"""What each part of sweep.json is, and what its own parts are."""
 
 
 _NO_RESULT = ("checkpoint.", "log.", "parallel.", "data.path")  # fields that change no result

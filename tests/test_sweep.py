@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,8 +153,10 @@ def test_a_damaged_plan_is_refused_and_kept(tmp_path, damaged):
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not a comparison"):
-        sweep.write_plan(plan_of(norms=("none",)), tmp_path)
+    refused = pytest.raises(UserError, match=r"no comparison's and holds 'notes\.txt'")
+    with refused, sweep.held(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_failed_run_is_retried_and_the_others_go_on(tmp_path):
@@ -223,3 +227,84 @@ def test_runs_of_another_commit_can_be_redone_and_the_old_ones_are_kept(tmp_path
     sweep.write_plan(plan, tmp_path, redo_other_commits=True)
     assert not folder.exists()
     assert (tmp_path / f"{folder.name}.old-1" / "result.json").exists()
+
+
+def test_a_folder_that_a_killed_process_had_just_begun_is_taken_over(tmp_path):
+    for name in ("lock", ".sweep.json.4711"):
+        (tmp_path / name).write_text("{")
+    with sweep.held(tmp_path):
+        sweep.write_plan(plan_of(norms=("none",)), tmp_path)
+    assert (tmp_path / "sweep.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
+    refused = pytest.raises(UserError, match="cannot be written: File name too long")
+    with refused, sweep.held(tmp_path / ("x" * 300)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("value", "same"), [("[4]", True), ("4", True), ("(4,)", True), ("(4,4)", False)]
+)
+def test_a_value_in_other_words_is_the_same_value(tmp_path, value, same):
+    sweep.write_plan(plan_of(norms=("none",)), tmp_path)
+    other = {"model__widths": value} | ({} if same else {"model__strides": "(2,2)"})
+    if same:
+        sweep.write_plan(plan_of(norms=("none",), **other), tmp_path)
+        return
+    with pytest.raises(UserError, match=r"override model\.widths = \[4\], not \[4, 4\]"):
+        sweep.write_plan(plan_of(norms=("none",), **other), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": {"base": "x"}},
+        {"norms": [[1]]},
+        {"seeds": ["a"]},
+        {"seeds": 3},
+        {"runs": [{"id": 3, "labels": {}}]},
+        {"runs": [7]},
+        {"config": None},
+    ],
+)
+def test_a_plan_damaged_inside_is_refused_and_kept(tmp_path, damage):
+    plan = plan_of(norms=("none",))
+    sweep.write_plan(plan, tmp_path)
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="is damaged"):
+        sweep.write_plan(plan, tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_fault_of_whoever_listens_ends_the_sweep_and_its_workers(tmp_path):
+    """E.g. a closed pipe: it reaches the caller, and nothing goes on unseen."""
+    plan = plan_of(seeds=range(4))
+    sweep.write_plan(plan, tmp_path)
+
+    def listener(event):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        pool.run_plan(plan, tmp_path, 2, 1, listener)
+    assert not any(run.is_locked(folder) for folder in tmp_path.iterdir() if folder.is_dir())
+
+
+def test_a_run_waits_for_an_orphan_of_a_killed_sweep(tmp_path):
+    plan = plan_of(norms=("none",))
+    sweep.write_plan(plan, tmp_path)
+    folder = tmp_path / plan.runs[0].id
+    folder.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from normlab import run\n"
+        "with run.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(2)"
+    )
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert orphan.stdout.readline() == "held\n"
+    states = pool.run_plan(plan, tmp_path, 1, 1, lambda event: None)
+    assert set(states.values()) == {"done"}
+    assert orphan.wait() == 0

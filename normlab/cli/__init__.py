@@ -8,6 +8,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "train": "train",
     "compare": "compare",
     "sweep": "sweep",
+    "paper": "paper",
     "eval": "eval",
     "report": "report",
     "status": "status",
@@ -26,14 +28,16 @@ COMMANDS = {
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""
 
-_COMPUTING = ("train", "compare", "sweep", "eval")
+_COMPUTING = ("train", "compare", "sweep", "paper", "eval")
 
 
 def entry() -> NoReturn:
     """Runs the command in sys.argv, in the environment that makes training fast, and exits."""
+    # Until a command has work to save, Ctrl-C ends it as it stands, amid an import too.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_fail("interrupted", 130)))
     arguments = sys.argv[1:]
     if arguments and arguments[0] in _COMPUTING:
-        reexecute(arguments, share_devices=arguments[0] in ("compare", "sweep"))
+        reexecute(arguments, share_devices=arguments[0] in ("compare", "sweep", "paper"))
     sys.exit(main(arguments))
 
 

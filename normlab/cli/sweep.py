@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from normlab.cli.execute import add_run_arguments, check_run_arguments, execute
+from normlab.experiment import Experiment
 
 HELP = "run an experiment at a scale, and report with the paper's numbers and a verdict"
 TAKES_CONFIG = True
@@ -21,15 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Plans, runs what is not done, judges, reports; returns 0 if every run ended well."""
+    from normlab.experiment import load_experiment
+
+    name, experiment = load_experiment(args.experiment)
+    return run_experiment(name, experiment, args)
+
+
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """Returns where an experiment's runs go."""
+    return Path(args.workdir or f"runs/{name}-{args.scale}")
+
+
+def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) -> int:
+    """Does what `main` says for an experiment that is loaded."""
     from normlab import run, sweep
     from normlab.config import layered
-    from normlab.experiment import load_experiment
     from normlab.report import verdict
 
     check_run_arguments(args)
-    name, experiment = load_experiment(args.experiment)
     scale = experiment.at(args.scale)
-    folder = Path(args.workdir or f"runs/{name}-{args.scale}")
+    folder = folder_of(name, args)
     assert scale.sweep is not None
     assert scale.seeds is not None
     plan = sweep.make_plan(

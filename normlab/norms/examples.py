@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 
 from normlab.norms.functional import (
@@ -20,6 +21,7 @@ from normlab.norms.functional import (
     rough_mean,
     statistics_dtype,
 )
+from normlab.norms.normalizer import note_nonfinite
 
 AXES = ("all", "channel")
 
@@ -45,30 +47,32 @@ def position_axes(x: Array) -> Axes:
 
 
 def normalize_groups(
+    module: nn.Module,
     x: Array,
     num_groups: int,
     mask: Array | None,
-    epsilon: float,
     scale: Array | None,
     bias: Array | None,
 ) -> Array:
     """Returns x [N, ..., C] normalized per example over positions and each group of channels.
 
     The moments of single channels are pooled by the law of total variance, so that the pass over x
-    reduces positions only and channels stay side by side in memory. `mask`: from `prepare`.
+    reduces positions only and channels stay side by side in memory. `mask`: from `prepare`; ε is
+    the module's.
     """
     shift = rough_mean(x, position_axes(x), mask)
     channels = moments(x, position_axes(x), mask, shift)
     members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
     pooled = pool_moments(members, (-1,))
+    note_nonfinite(module, jnp.isfinite(pooled.var).all())
     mean, var = (
         jnp.broadcast_to(part, members.mean.shape).reshape(shift.shape)
         for part in (pooled.mean, pooled.var)
     )
-    return normalize(x, mean, jax.lax.rsqrt(var + epsilon), scale, bias, shift)
+    return normalize(x, mean, jax.lax.rsqrt(var + module.epsilon), scale, bias, shift)
 
 
-def standardize_channels(x: Array, epsilon: float, center: bool) -> Array:
+def standardize_channels(module: nn.Module, x: Array, *, center: bool) -> Array:
     """Returns x [..., C] standardized over its last axis, in the statistics' dtype.
 
     (x − mean)/√(var + ε) if `center`, else x/√(mean(x²) + ε).
@@ -78,7 +82,9 @@ def standardize_channels(x: Array, epsilon: float, center: bool) -> Array:
         # Any constant would do; this one leaves the mean in the range of the deviations.
         values = values - jax.lax.stop_gradient(values[..., :1])
         values = values - _over_channels(_channel_mean(values), x.shape[-1])
-    inverse_std = jax.lax.rsqrt(_channel_mean(jnp.square(values)) + epsilon)
+    square = _channel_mean(jnp.square(values))
+    note_nonfinite(module, jnp.isfinite(square).all())
+    inverse_std = jax.lax.rsqrt(square + module.epsilon)
     return values * _over_channels(inverse_std, x.shape[-1])
 
 

@@ -37,7 +37,7 @@ class GroupNorm(Normalizer):
         groups = self.groups_of(x.shape[-1])
         scale, bias = scale_and_bias(self, x.shape[-1:])
         x, mask = prepare(x, mask)
-        y = normalize_groups(x, groups, mask, self.epsilon, scale, bias)
+        y = normalize_groups(self, x, groups, mask, scale, bias)
         return y.astype(output_dtype(self, x))
 
     def groups_of(self, channels: int) -> int:

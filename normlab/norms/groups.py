@@ -22,6 +22,7 @@ from normlab.norms.functional import (
     psum_moments,
     rough_mean,
 )
+from normlab.norms.normalizer import note_nonfinite
 
 SCOPES = ("global", "device", "ghost")
 
@@ -166,9 +167,7 @@ def moving_averages(
 
     `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C]. The groups that have values enter
     with equal weight. Nothing moves if there is none, or if any of their statistics is not finite:
-    one overflow in one batch would otherwise poison an average for good. That it happened is left
-    in the collection `nonfinite` (boolean []), if asked for: the output may well be finite, as x/∞
-    is.
+    one overflow in one batch would otherwise poison an average for good.
     """
     count, grouping = batch.moments.count, batch.grouping
     axes = tuple(range(count.ndim - 1))
@@ -187,8 +186,7 @@ def moving_averages(
         for name, value in new.items()
     }
     finite = jnp.all(jnp.stack([jnp.isfinite(mean).all() for mean in means.values()]))
-    if module.is_mutable_collection("nonfinite"):
-        module.sow("nonfinite", "statistics", ~finite, reduce_fn=lambda _, new: new)
+    note_nonfinite(module, finite)
     moves = (groups > 0).all() & finite
     averages = {
         name: jnp.where(moves, ema(old[name], mean, momentum), old[name])

@@ -32,5 +32,5 @@ class InstanceNorm(Normalizer):
         """
         scale, bias = scale_and_bias(self, x.shape[-1:])
         x, mask = prepare(x, mask)
-        y = normalize_groups(x, x.shape[-1], mask, self.epsilon, scale, bias)
+        y = normalize_groups(self, x, x.shape[-1], mask, scale, bias)
         return y.astype(output_dtype(self, x))

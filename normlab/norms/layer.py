@@ -48,7 +48,7 @@ class LayerNorm(Normalizer):
         scale, bias = scale_and_bias(self, shape)
         x, mask = prepare(x, mask)
         if over_all:
-            y = normalize_groups(x, 1, mask, self.epsilon, scale, bias)
+            y = normalize_groups(self, x, 1, mask, scale, bias)
         else:
-            y = affine(standardize_channels(x, self.epsilon, center=True), scale, bias)
+            y = affine(standardize_channels(self, x, center=True), scale, bias)
         return y.astype(output_dtype(self, x))

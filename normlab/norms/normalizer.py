@@ -34,6 +34,15 @@ def scale_and_bias(module: nn.Module, shape: tuple[int, ...]) -> tuple[Array | N
     return scale, bias
 
 
+def note_nonfinite(module: nn.Module, finite: Array) -> None:
+    """Leaves in the collection `nonfinite` that a statistic is not finite, if asked for.
+
+    The output may well be finite where a statistic is not, as x/∞ is. `finite`: boolean [].
+    """
+    if module.is_mutable_collection("nonfinite") and not module.is_initializing():
+        module.sow("nonfinite", "statistics", ~finite, reduce_fn=lambda _, new: new)
+
+
 def output_dtype(module: nn.Module, x: Array) -> DTypeLike:
     """Returns the module's `dtype`, or the input's where none is set."""
     return x.dtype if module.dtype is None else module.dtype

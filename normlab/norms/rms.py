@@ -4,13 +4,20 @@ y = x / √(mean(x²) + ε) · γ (eq. 4): no centering. The paper has no bias; 
 """
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.norms.examples import check_axes, prepare, standardize_channels
 from normlab.norms.functional import affine, mean_square, statistics_dtype
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    Initializer,
+    Normalizer,
+    note_nonfinite,
+    output_dtype,
+    scale_and_bias,
+)
 
 
 class RMSNorm(Normalizer):
@@ -40,8 +47,9 @@ class RMSNorm(Normalizer):
         x, mask = prepare(x, mask)
         if over_all:
             square = mean_square(x, tuple(range(1, x.ndim)), mask)
+            note_nonfinite(self, jnp.isfinite(square).all())
             x_hat = x.astype(statistics_dtype(x.dtype)) * jax.lax.rsqrt(square + self.epsilon)
         else:
-            x_hat = standardize_channels(x, self.epsilon, center=False)
+            x_hat = standardize_channels(self, x, center=False)
         y = affine(x_hat, scale, bias)
         return y.astype(output_dtype(self, x))

@@ -9,8 +9,11 @@ from normlab.report.published import beside
 from normlab.report.row import Sweep
 
 
-def markdown(sweep: Sweep) -> str:
-    """Returns the page's tables and sentences; its curves are in report.html alone."""
+def markdown(sweep: Sweep, links: bool = True) -> str:
+    """Returns the page's tables and sentences; its curves are in report.html alone.
+
+    `links`: runs are linked to their folders beside it.
+    """
     first, *rest = notes.summary(sweep)
     warnings = notes.warnings(sweep)
     chosen = notes.choices(sweep)
@@ -46,7 +49,7 @@ def markdown(sweep: Sweep) -> str:
             for what, values in notes.provenance(sweep).items()
         ),
         "## Runs",
-        markdown_table(tables.run_list(sweep)),
+        markdown_table(tables.run_list(sweep, links)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -95,6 +95,7 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         ("data fingerprint", "data_fingerprint"),
         ("python", "python"),
         ("platform", "platform"),
+        ("cpu", "cpu"),
         ("devices", "devices"),
         ("threads", "threads"),
     ):

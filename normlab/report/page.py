@@ -14,8 +14,8 @@ from normlab.report.style import style_sheet
 from normlab.report.tables import Cell, Table
 
 
-def html(sweep: Sweep) -> str:
-    """Returns the whole page."""
+def html(sweep: Sweep, links: bool = True) -> str:
+    """Returns the whole page; with `links`, runs are linked to their folders beside it."""
     title = escape(notes.title(sweep))
     first, *rest = notes.summary(sweep)
     parts = [
@@ -40,7 +40,7 @@ def html(sweep: Sweep) -> str:
         _list(notes.reading(sweep)),
         _provenance(sweep),
         "<h2>Runs</h2>",
-        _table(tables.run_list(sweep), "runs"),
+        _table(tables.run_list(sweep, links), "runs"),
     ]
     body = "\n".join(filter(None, parts))
     return (

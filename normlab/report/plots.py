@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from normlab.report.row import Row, Sweep
-from normlab.report.style import INK, LINE, MUTED, NUM_SERIES, series
+from normlab.report.style import INK, LIGHT, LINE, MUTED, NUM_SERIES, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +92,15 @@ def keys(sweep: Sweep) -> dict[str, str]:
             axes.plot((0.1, 1, 1.9), (1, 1, 1), markevery=[1], **_style(index))
             found[norm] = _svg(figure, f"key{index}")
     return found
+
+
+def standalone(svg: str) -> str:
+    """Returns a figure as a file of its own, in the colours of the light page."""
+    text = re.sub(r"var\(--([\w-]+)\)", lambda match: LIGHT[match[1]], svg)
+    head, rest = text.replace(' aria-hidden="true"', "", 1).split(">", 1)
+    ground = f'<rect width="100%" height="100%" fill="{LIGHT["card"]}"/>'
+    font = "<style>text{font-family:sans-serif}</style>"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{font}{ground}{rest}\n'
 
 
 def _curves_of(sweep: Sweep, setting: str) -> Iterator[Row]:

@@ -1,5 +1,7 @@
 """The paper's numbers beside ours."""
 
+from typing import Any
+
 from normlab.report.claim import PublishedNumber, PublishedTable
 from normlab.report.row import Row, Sweep
 from normlab.report.tables import NOTHING, Cell, Table, accuracy_cell
@@ -24,6 +26,25 @@ def beside(sweep: Sweep, table: PublishedTable) -> Table:
         num_names=2,
         words=frozenset({0, 1}),
     )
+
+
+def numbers(sweep: Sweep) -> list[dict[str, Any]]:
+    """Returns every cell of the headline as JSON values, with the paper's number if it has one."""
+    found = []
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            runs = sweep.cell(setting, norm)
+            if not runs:
+                continue
+            theirs = [
+                (number.value, table.same_setting)
+                for table in (sweep.claim.published if sweep.claim else ())
+                if (number := table.number(norm, _places(setting, runs))) is not None
+            ]
+            paper, same_setting = theirs[0] if theirs else (None, False)
+            cell = {"setting": setting, "norm": norm, "ours": str(accuracy_cell(runs))}
+            found.append({**cell, "paper": paper, "same_setting": same_setting})
+    return found
 
 
 def _places(setting: str, runs: tuple[Row, ...]) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ class Row:
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)  # commit, versions, devices, ...
     pairing: Mapping[str, str] = field(default_factory=dict)  # what runs of one seed share: hashes
+    started: str = ""  # UTC, ISO 8601
     notes: tuple[str, ...] = ()  # faults of the run's files, one line each
 
     def number(self, name: str) -> float | None:

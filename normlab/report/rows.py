@@ -252,6 +252,7 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
         config=read_json(path / "config.json", notes),
         provenance=provenance(manifest),
         pairing=pairing(manifest),
+        started=one_line(manifest.get("started") or ""),
         notes=tuple(notes),
     )
 

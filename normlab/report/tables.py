@@ -125,8 +125,8 @@ def costs(sweep: Sweep) -> Table:
     )
 
 
-def run_list(sweep: Sweep) -> Table:
-    """Returns every planned run with its state, its result and a link to its folder."""
+def run_list(sweep: Sweep, links: bool = True) -> Table:
+    """Returns every planned run with its state, its result and, if asked for, its folder's link."""
     return Table(
         columns=(
             "setting",
@@ -139,18 +139,20 @@ def run_list(sweep: Sweep) -> Table:
             "seconds",
             "remarks",
         ),
-        rows=tuple(_run(row, sweep.directory) for row in sweep.rows),
+        rows=tuple(_run(row, sweep.directory if links else None) for row in sweep.rows),
         num_names=2,
         words=frozenset({0, 1, 3, 4, 8}),
     )
 
 
-def _run(row: Row, directory: Path) -> tuple[Cell, ...]:
+def _run(row: Row, directory: Path | None) -> tuple[Cell, ...]:
     accuracy = row.number("test_accuracy")
     seconds = row.number("seconds")
     steps = row.number("steps") or row.step
     remarks = [row.message, *row.notes]
-    link = f"{quote(row.path.relative_to(directory).as_posix())}/"
+    link = ""
+    if directory is not None and row.state != "planned":
+        link = f"{quote(row.path.relative_to(directory).as_posix())}/"
     return (
         Cell(row.setting),
         Cell(row.norm),
@@ -158,7 +160,7 @@ def _run(row: Row, directory: Path) -> tuple[Cell, ...]:
         Cell(
             row.id,
             detail=DAGGER if row.shared_with else "",
-            link="" if row.state == "planned" else link,
+            link=link,
         ),
         Cell(row.state, state=row.state),
         Cell() if accuracy is None else Cell(f"{100 * accuracy:.2f}"),

@@ -1,5 +1,6 @@
 """What a run writes down before its first step: config, identity, manifest, notes."""
 
+import datetime
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -60,6 +61,7 @@ def describe_run(
         "schema_version": 1,
         "id": id_of(parts.config),
         "seed": parts.config.seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "overrides": [f"{name}={value}" for name, value in overrides.items()],
         **machine,
         "data_fingerprint": data_fingerprint,

@@ -109,6 +109,9 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("optim.momentum", 0.0, 1.0),
     ("optim.b1", 0.0, 1.0),
     ("optim.b2", 0.0, 1.0),
+    ("model.widths", 1, 2**31 - 1),
+    ("model.strides", 1, 2**31 - 1),
+    ("model.stage_sizes", 1, 2**31 - 1),
     ("norm.momentum", 0.0, 1.0),
     ("norm.epsilon", 0.0, math.inf),
     ("norm.num_groups", 1, 2**31 - 1),
@@ -123,6 +126,10 @@ def _check_numbers(config: ConfigDict) -> None:
     fields = flatten(config)
     for name, low, high in _LIMITS:
         value = fields.get(name)
-        if value is not None and not low <= value <= high:
+        if value is None:
+            continue
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(low <= part <= high for part in parts):
             allowed = f"{low} or more" if math.isinf(high) else f"from {low} to {high}"
-            raise UserError(f"config field {name!r} = {value} must be {allowed}")
+            each = "each " if isinstance(value, tuple) else ""
+            raise UserError(f"config field {name!r} = {value} must {each}be {allowed}")

@@ -53,7 +53,7 @@ class Health(struct.PyTreeNode):
         )
 
 
-CULPRITS = ("", "loss", "gradient", "batch_stats")
+CULPRITS = ("", "loss", "gradient", "statistic")
 
 
 class TrainState(struct.PyTreeNode):
