@@ -178,3 +178,16 @@ def test_a_rate_is_chosen_for_each_normalizer_on_validation_data(write, tmp_path
 def test_the_public_names_are_there():
     for name in experiments.__all__:
         assert hasattr(experiments, name)
+
+
+def test_a_papers_page_is_kept_beside_the_experiments(tmp_path, capsys):
+    tiny = ["--config.train.num_steps=10", "--config.eval.every_steps=5", "--seeds=2"]
+    folders = [f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'kept'}"]
+    assert main(["paper", "batch_norm_mnist", *tiny, *folders]) == 0
+    page = tmp_path / "kept" / "batch_norm_mnist-smoke" / "report.md"
+    assert str(page) in capsys.readouterr().out
+    assert "## Figures" in page.read_text()
+    assert main(["paper", f"--results={tmp_path / 'kept'}"]) == 0
+    listed = capsys.readouterr().out
+    assert len(listed.splitlines()) == sum(len(load_experiment(x)[1].scales) for x in names())
+    assert "not run" in listed

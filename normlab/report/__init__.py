@@ -21,23 +21,29 @@ class Paths(NamedTuple):
     html: Path
     markdown: Path
     csv: Path
+    latex: Path
 
 
 def write(directory: Path, sweep: Sweep | None = None) -> Paths:
-    """Writes report.html, report.md and report.csv into `directory`, each whole or not at all.
+    """Writes report.html, .md, .csv and .tex into `directory`, each whole or not at all.
 
     `sweep` is what `load(directory)` gave, if the caller has it already. Raises UserError if there
     is nothing to report on, MachineFault if a file cannot be written.
     """
     from normlab.report.document import markdown
-    from normlab.report.drawing import csv_text
+    from normlab.report.drawing import csv_text, latex_table
     from normlab.report.page import html
+    from normlab.report.tables import headline
     from normlab.run import write_text
 
     directory = Path(directory)
     sweep = sweep or load(directory)
-    paths = Paths(*(directory / f"report.{suffix}" for suffix in ("html", "md", "csv")))
-    for path, make in zip(paths, (html, markdown, csv_text), strict=True):
+    paths = Paths(*(directory / f"report.{suffix}" for suffix in ("html", "md", "csv", "tex")))
+
+    def latex(sweep: Sweep) -> str:
+        return latex_table(headline(sweep))
+
+    for path, make in zip(paths, (html, markdown, csv_text, latex), strict=True):
         text = make(sweep)
         try:
             write_text(path, text)

@@ -46,6 +46,33 @@ def escape_markdown(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "†": r"$\dagger$",
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+}
+
+
+def latex_table(table: Table) -> str:
+    """Returns a table for LaTeX with the package booktabs."""
+    places = range(len(table.columns))
+    aligned = "".join("l" if place in table.words else "r" for place in places)
+    lines = [list(table.columns), *([str(cell) for cell in row] for row in table.rows)]
+    head, *rows = (" & ".join(map(escape_latex, line)) + r" \\" for line in lines)
+    parts = [rf"\begin{{tabular}}{{{aligned}}}", r"\toprule", head, r"\midrule", *rows]
+    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def escape_latex(text: str) -> str:
+    """Returns text that LaTeX shows as it stands."""
+    return "".join(_LATEX.get(char, char) for char in text)
+
+
 def csv_text(sweep: Sweep) -> str:
     """Returns one line per run and setting, full precision, every label, metric and version."""
     labels = list(dict.fromkeys(key for row in sweep.rows for key in row.labels))

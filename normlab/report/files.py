@@ -157,6 +157,14 @@ def number(value: Any) -> float | None:
     return value if abs(value) <= sys.float_info.max else None
 
 
+def as_number(text: str) -> float | None:
+    """Returns the finite number that a text says, None for anything else."""
+    try:
+        return number(float(text))
+    except ValueError:
+        return None
+
+
 def integer(value: Any) -> int | None:
     """Returns a JSON integer that a float holds exactly, None for anything else."""
     exact = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53

@@ -24,6 +24,10 @@ COSTS = (
     "Test accuracy in percent with running, batch and recomputed statistics, as above; "
     "times are medians over runs."
 )
+SWEPT = (
+    "Test error in percent, running statistics: mean over seeds and 95% t interval; lines and "
+    "markers as above."
+)
 _MOST = 12  # items of one kind that are listed; the rest is counted
 
 

@@ -31,6 +31,7 @@ def html(sweep: Sweep, links: bool = True) -> str:
         _choices(sweep),
         _published(sweep),
         _curves(sweep),
+        _swept(sweep),
         _percentiles(sweep),
         _differences(sweep),
         "<h2>Evaluations and cost</h2>",
@@ -120,6 +121,20 @@ def _differences(sweep: Sweep) -> str:
     caption = escape(notes.differences(baseline_of(sweep), len(table.rows)))
     drawn = _table(table, "differences")
     return f'<h2>Paired differences</h2>\n<p class="muted">{caption}</p>\n{drawn}'
+
+
+def _swept(sweep: Sweep) -> str:
+    panels = plots.swept(sweep)
+    if not panels:
+        return ""
+    figures = "".join(
+        f"<figure><h3>{escape(f'{field} ({others})' if others else field)}</h3>{svg}</figure>"
+        for (field, others), svg in panels.items()
+    )
+    return (
+        f'<h2>Error against what was swept</h2>\n<p class="muted">{notes.SWEPT}</p>\n'
+        f'<div class="panels">{figures}</div>'
+    )
 
 
 def _percentiles(sweep: Sweep) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from normlab.report.row import Row, Sweep
+from normlab.report.files import as_number
+from normlab.report.row import Row, Sweep, measured
+from normlab.report.statistics import summarize
 from normlab.report.style import INK, LIGHT, LINE, MUTED, NUM_SERIES, series
 
 if TYPE_CHECKING:
@@ -76,6 +78,56 @@ def _percentile_panel(row: Row, index: int, values: list[float]) -> "Figure":
     axes.set_ylim(min(values) - margin, max(values) + margin)
     axes.set_ylabel("input of the activation")
     _steps_axis(axes)
+    return figure
+
+
+def swept(sweep: Sweep) -> dict[tuple[str, str], str]:
+    """Returns {(field, the other swept fields): SVG}: test error against a swept field's values.
+
+    One line per normalizer with the t interval over seeds; fields with one number are left out.
+    """
+    panels: dict[tuple[str, str], dict[str, dict[float, list[Row]]]] = {}
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            for row in sweep.cell(setting, norm):
+                for field, value in row.labels.items():
+                    x = as_number(value)
+                    if x is not None:
+                        others = (f"{k}={v}" for k, v in row.labels.items() if k != field)
+                        panel = panels.setdefault((field, ", ".join(others)), {})
+                        panel.setdefault(norm, {}).setdefault(x, []).append(row)
+    drawn = {key: panel for key, panel in panels.items() if len(set().union(*panel.values())) > 1}
+    with _plain_matplotlib():
+        return {
+            key: _svg(_swept_panel(panel, sweep.norms), f"swept{index}")
+            for index, (key, panel) in enumerate(drawn.items())
+        }
+
+
+def _swept_panel(panel: dict[str, dict[float, list[Row]]], norms: tuple[str, ...]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.7, 3.2))
+    axes = figure.add_axes((0.125, 0.145, 0.855, 0.835))
+    for norm, by_value in panel.items():
+        points = []
+        for x, rows in sorted(by_value.items()):
+            errors = [100 - 100 * accuracy for accuracy in measured(rows, "test_accuracy")]
+            found = summarize(errors)
+            if found.mean is not None:
+                points.append((x, found.mean, found.half_width or 0.0))
+        if points:
+            xs, means, half_widths = zip(*points, strict=True)
+            style = _style(norms.index(norm))
+            axes.errorbar(xs, means, yerr=half_widths, capsize=3, elinewidth=1, **style)
+    values = sorted(set().union(*panel.values()))
+    if values[0] > 0 and values[-1] / values[0] >= 8:
+        axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("value")
+    axes.set_ylabel("test error (%)")
     return figure
 
 

@@ -70,6 +70,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 def _figures(sweep: Sweep) -> dict[str, str]:
     found = {f"curves-{i}": svg for i, svg in enumerate(plots.curves(sweep).values())}
+    found |= {f"swept-{i}": svg for i, svg in enumerate(plots.swept(sweep).values())}
     panels = plots.percentiles(sweep)
     return found | {f"unit-{norm}-{i}": svg for i, ((_, norm), svg) in enumerate(panels.items())}
 

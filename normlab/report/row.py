@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ class Sweep:
     def runs(self) -> tuple[Row, ...]:
         """Returns each run once, however many settings share it."""
         return tuple({row.id: row for row in reversed(self.rows)}.values())[::-1]
+
+
+def measured(rows: Iterable[Row], metric: str) -> list[float]:
+    """Returns the final metric of the rows that ended with a measurement."""
+    values = (row.number(metric) for row in rows if row.state in MEASURED)
+    return [value for value in values if value is not None]
 
 
 def digest(sweep: Sweep) -> str:

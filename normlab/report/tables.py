@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from normlab.report.row import MEASURED, STATES, Row, Sweep
+from normlab.report.row import STATES, Row, Sweep, measured
 from normlab.report.statistics import Summary, summarize
 
 DAGGER = "†"
@@ -59,7 +59,7 @@ def accuracy_cell(rows: Sequence[Row], metric: str = "test_accuracy") -> Cell:
     """
     if not rows:
         return Cell()
-    summary = summarize(_measured(rows, metric))
+    summary = summarize(measured(rows, metric))
     missing = {
         state: sum(row.state == state for row in rows) for state in STATES if state != "done"
     }
@@ -96,7 +96,7 @@ def costs(sweep: Sweep) -> Table:
                     Cell(setting),
                     Cell(norm, detail=dagger),
                     *(
-                        Cell(*_percent(summarize(_measured(runs, f"test_accuracy{statistics}"))))
+                        Cell(*_percent(summarize(measured(runs, f"test_accuracy{statistics}"))))
                         for statistics in ("", "_batch_statistics", "_recomputed_statistics")
                     ),
                     _median(runs, "step_seconds", lambda seconds: significant(1000 * seconds)),
@@ -176,13 +176,8 @@ def count_states(rows: Iterable[Row]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
 
 
-def _measured(rows: Iterable[Row], metric: str) -> list[float]:
-    values = (row.number(metric) for row in rows if row.state in MEASURED)
-    return [value for value in values if value is not None]
-
-
 def _median(rows: Iterable[Row], metric: str, form: Callable[[float], str]) -> Cell:
-    values = sorted(_measured(rows, metric))
+    values = sorted(measured(rows, metric))
     if not values:
         return Cell()
     middle = len(values) // 2

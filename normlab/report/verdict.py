@@ -59,6 +59,8 @@ class Hypothesis:
         statement = f"{about}{_words(self.a)} {self._relation()} {_words(self.b)}"
         answer = {True: "holds", False: "contradicted", None: "undecided"}[holds]
         numbers = _numbers(difference, self.unit)
+        if {row.id for row in a} == {row.id for row in b}:
+            numbers = "the very same runs"
         total = seeds_needed(self._from_the_boundary(difference)) if holds is None else None
         if total:
             numbers += f"; about {total:,} in all would decide"

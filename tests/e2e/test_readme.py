@@ -28,6 +28,8 @@ def commands():
 
 def smaller(words):
     """The same command on a net of one layer and for two steps."""
+    if words[1] == "sweep":
+        return [*words, "--seeds=2", "--config.train.num_steps=10"]
     if words[1] not in ("train", "compare"):
         return words
     kept = [word for word in words if "num_epochs" not in word]
@@ -112,3 +114,17 @@ def test_the_snippets(checkout, number):
         [sys.executable, "-c", snippet], cwd=checkout, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_experiment_in_the_docs_loads_and_plans(tmp_path):
+    from normlab.experiment import load_experiment
+    from normlab.sweep import make_plan
+
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "shown.py").write_text(source)
+    _, experiment = load_experiment(str(tmp_path / "shown.py"))
+    scale = experiment.at("smoke")
+    plan = make_plan(scale.config, scale.sweep, seeds=[0], overrides=scale.overrides)
+    # 2 normalizers at 2 sizes, where GroupNorm's two are one run.
+    assert len({planned.id for planned in plan.runs}) == 3

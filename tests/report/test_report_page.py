@@ -285,3 +285,22 @@ def test_a_browser_finds_no_script_in_names(attacked):
     seen = _look(html(load(attacked)), attacked, 390, False)
     assert (seen["scripts"], seen["images"]) == (0, 0)
     assert seen["width"] <= 390
+
+
+def test_error_against_a_swept_field_has_a_panel_and_a_word_has_none(make_sweep, tmp_path):
+    settings = {f"ghost_size={size}": {} for size in (32, 2)}
+    make_sweep(tmp_path, settings=settings, norms=("batch_norm", "none"))
+    path = tmp_path / "sweep.json"
+    plan = json.loads(path.read_text())
+    for entry in plan["runs"]:
+        size = int(entry["labels"]["setting"].partition("=")[2])
+        entry["labels"] |= {"batch_stats.ghost_size": size, "optim.schedule": "cosine"}
+    path.write_text(json.dumps(plan))
+    assert list(plots.swept(load(tmp_path))) == [
+        ("batch_stats.ghost_size", "optim.schedule=cosine")
+    ]
+    assert "Error against what was swept" in html(load(tmp_path))
+
+
+def test_a_sweep_of_named_settings_has_no_such_panel(make_sweep, tmp_path):
+    assert plots.swept(load(make_sweep(tmp_path))) == {}

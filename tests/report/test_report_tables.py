@@ -2,6 +2,8 @@
 
 import csv
 import io
+import shutil
+import subprocess
 
 import pytest
 
@@ -188,3 +190,24 @@ def test_rich_reads_no_markup_in_names(make_sweep, tmp_path):
 def test_control_characters_do_not_reach_a_terminal(make_sweep, tmp_path):
     sweep = load(make_sweep(tmp_path, settings={"a\x1b[2Jb\nc": {}}, norms=("none",), seeds=(0,)))
     assert list(sweep.settings) == ["a\N{REPLACEMENT CHARACTER}[2Jb c"]
+
+
+def test_latex_escapes_what_latex_would_read(make_sweep, tmp_path):
+    name = r"a_b & 50% of {x}\y ~^ #$"
+    sweep = load(make_sweep(tmp_path, settings={name: {}}, norms=("batch_norm",), seeds=(0,)))
+    lines = drawing.latex_table(tables.headline(sweep)).splitlines()
+    assert lines[0] == r"\begin{tabular}{lr}"
+    assert lines[2] == (
+        r"normalizer & a\_b \& 50\% of \{x\}\textbackslash{}y "
+        r"\textasciitilde{}\textasciicircum{} \#\$ \\"
+    )
+    assert lines[4].startswith(r"batch\_norm & ")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_takes_the_table(make_sweep, tmp_path):
+    table = drawing.latex_table(tables.headline(load(make_sweep(tmp_path))))
+    start = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
+    (tmp_path / "t.tex").write_text(start + table + r"\end{document}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

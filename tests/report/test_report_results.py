@@ -1,0 +1,99 @@
+"""Results that are kept: rows as JSON, figures, pages, and the overview made from them."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from normlab.errors import UserError
+from normlab.report.results import Line, outcome, overview, publish
+from normlab.report.rows import load
+from normlab.report.verdict import above, all_of, as_json, judge
+
+EXPERIMENT = {
+    "name": "a_claim",
+    "scale": "smoke",
+    "claim": "BatchNorm wins | always.",
+    "published": [
+        {
+            "metric": "test_accuracy",
+            "setting": "ImageNet",
+            "same_setting": False,
+            "rows": {"batch_norm": {"": {"value": 76.4}}},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def sweep(make_sweep, tmp_path):
+    def run(setting, norm, seed):
+        accuracy = {"batch_norm": 0.92, "layer_norm": 0.90}[norm] + 0.001 * seed * len(norm)
+        return {"accuracy": accuracy, "manifest": {"started": "2026-11-21T12:00:00+00:00"}}
+
+    folder = tmp_path / "runs"
+    norms = ("batch_norm", "layer_norm")
+    make_sweep(folder, settings={"base": {}}, norms=norms, run=run)
+    plan = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps(plan | {"experiment": EXPERIMENT}))
+    rows = load(folder)
+    found = as_json(judge(all_of(above("batch_norm", "layer_norm")), rows), rows)
+    (folder / "verdict.json").write_text(json.dumps(found))
+    return load(folder)
+
+
+def test_rows_figures_and_pages_are_written_and_the_same_again(sweep, tmp_path):
+    paths = publish(sweep, tmp_path / "kept")
+    names = {path.name for path in paths}
+    assert {"rows.json", "rows.csv", "report.md", "report.html", "curves-0.svg"} <= names
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in publish(sweep, tmp_path / "kept")] == before
+    # No link leads to a run's folder, which is not kept.
+    page = (tmp_path / "kept" / "report.html").read_text()
+    assert all(f'href="{row.id}/"' not in page for row in sweep.rows)
+
+
+def test_figures_stand_alone(sweep, tmp_path):
+    publish(sweep, tmp_path)
+    text = (tmp_path / "curves-0.svg").read_text()
+    assert ElementTree.fromstring(text.encode()).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(--" not in text
+
+
+def test_every_row_is_in_the_json(sweep, tmp_path):
+    publish(sweep, tmp_path)
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["outcome"] == "reproduced"
+    assert len(kept["rows"]) == 6
+    assert kept["rows"][0]["result"]["test_accuracy"] == sweep.rows[0].number("test_accuracy")
+    assert kept["provenance"]["git commit"] == {"000000000000": 6}
+
+
+def test_the_overview_says_what_the_results_say(sweep, tmp_path):
+    publish(sweep, tmp_path / "a_claim-smoke")
+    lines = [Line("a_claim", scale, EXPERIMENT["claim"], "a minute") for scale in ("smoke", "cpu")]
+    smoke, cpu = overview(lines, tmp_path).splitlines()[-2:]
+    assert smoke.startswith("| BatchNorm wins \\| always. | `normlab paper a_claim --scale=smoke`")
+    assert "batch_norm 76.4 (another setting)" in smoke
+    # (92.0 + 93.0 + 94.0) / 3
+    assert "batch_norm 93.00 ± 2.48 n=3" in smoke
+    assert "[reproduced](results/a_claim-smoke/report.md), 2026-11-21, commit 0000000" in smoke
+    assert "not run here" in cpu
+    assert (outcome(tmp_path, "a_claim", "smoke"), outcome(tmp_path, "a_claim", "cpu")) == (
+        "reproduced",
+        "",
+    )
+
+
+def test_a_verdict_of_other_rows_is_not_kept(sweep, tmp_path):
+    (sweep.rows[0].path / "result.json").write_text('{"test_accuracy": 0.5}')
+    with pytest.raises(UserError, match="no experiment with a verdict of its rows"):
+        publish(load(sweep.directory), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_damaged_result_is_named(sweep, tmp_path):
+    (tmp_path / "a_claim-smoke").mkdir()
+    (tmp_path / "a_claim-smoke" / "rows.json").write_text("{")
+    with pytest.raises(UserError, match=r"rows\.json' holds no results"):
+        outcome(tmp_path, "a_claim", "smoke")
