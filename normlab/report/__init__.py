@@ -18,14 +18,14 @@ __all__ = ["Paths", "Row", "Sweep", "load", "show", "write"]
 class Paths(NamedTuple):
     """The files that `write` made."""
 
+    latex: Path
     html: Path
     markdown: Path
     csv: Path
-    latex: Path
 
 
 def write(directory: Path, sweep: Sweep | None = None) -> Paths:
-    """Writes report.html, .md, .csv and .tex into `directory`, each whole or not at all.
+    """Writes report.tex, .html, .md and .csv into `directory`, each whole or not at all.
 
     `sweep` is what `load(directory)` gave, if the caller has it already. Raises UserError if there
     is nothing to report on, MachineFault if a file cannot be written.
@@ -38,12 +38,12 @@ def write(directory: Path, sweep: Sweep | None = None) -> Paths:
 
     directory = Path(directory)
     sweep = sweep or load(directory)
-    paths = Paths(*(directory / f"report.{suffix}" for suffix in ("html", "md", "csv", "tex")))
+    paths = Paths(*(directory / f"report.{suffix}" for suffix in ("tex", "html", "md", "csv")))
 
     def latex(sweep: Sweep) -> str:
         return latex_table(headline(sweep))
 
-    for path, make in zip(paths, (html, markdown, csv_text, latex), strict=True):
+    for path, make in zip(paths, (latex, html, markdown, csv_text), strict=True):
         text = make(sweep)
         try:
             write_text(path, text)

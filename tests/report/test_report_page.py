@@ -99,10 +99,10 @@ def test_other_bytes_for_other_results(make_sweep, tmp_path):
     assert html(load(tmp_path)) != before
 
 
-def test_writes_only_its_three_files(make_sweep, tmp_path):
+def test_writes_only_its_four_files(make_sweep, tmp_path):
     before = set(make_sweep(tmp_path).rglob("*"))
     paths = write(tmp_path)
-    assert [path.name for path in paths] == ["report.html", "report.md", "report.csv"]
+    assert [path.name for path in paths] == ["report.tex", "report.html", "report.md", "report.csv"]
     assert set(tmp_path.rglob("*")) - before == set(paths)
 
 
