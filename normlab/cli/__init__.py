@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "sweep",
     "paper": "paper",
     "eval": "eval",
+    "rerun": "rerun",
     "report": "report",
     "status": "status",
     "inspect": "inspect",
@@ -28,7 +29,7 @@ COMMANDS = {
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""
 
-_COMPUTING = ("train", "compare", "sweep", "paper", "eval")
+_COMPUTING = ("train", "compare", "sweep", "paper", "eval", "rerun")
 
 
 def entry() -> NoReturn:

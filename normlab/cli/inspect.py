@@ -12,6 +12,9 @@ TAKES_CONFIG = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("--config", required=True, metavar="FILE.py[:choices]")
+    parser.add_argument(
+        "--against", metavar="FILE.py[:choices]", help="show only what differs from another config"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -24,6 +27,9 @@ def main(args: argparse.Namespace) -> int:
     from normlab.training.setup import build_parts, id_of
 
     config = load_config(args.config, args.overrides)
+    if args.against is not None:
+        _print_difference(load_config(args.against), config)
+        return 0
     parts = build_parts(config, need_data=False)
     meaning = field_meanings(config)
 
@@ -43,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
         f"peak learning rate {optim.peak_learning_rate(config):g}"
     )
     params = parts.abstract_variables()["params"]
-    print(f"{models.count_params(params):,} parameters\n")
+    print(f"{models.count_params(params):,} parameters")
+    print(_cost(parts.model, parts.info.image_shape) + "\n")
     roles = _flat(optim.roles(params))
     decayed = _flat(optim.role_mask(params, config.optim.decay_roles))
     decays = config.optim.weight_decay > 0
@@ -64,6 +71,30 @@ def main(args: argparse.Namespace) -> int:
     print()
     _print_table(("normalizer", "kind", "input", "note"), norms)
     return 0
+
+
+def _print_difference(there: Any, here: Any) -> None:
+    """Prints the fields in which two configs differ, and their values."""
+    from normlab.config import flatten
+
+    a, b = flatten(there), flatten(here)
+    rows = [
+        (name, _text(a[name]) if name in a else "", _text(b[name]) if name in b else "")
+        for name in dict.fromkeys([*b, *a])
+        if name != "source" and (name not in a or name not in b or a[name] != b[name])
+    ]
+    if rows:
+        _print_table(("field", there.source, here.source), rows)
+    else:
+        print("the same in every field")
+
+
+def _cost(model: Any, image_shape: tuple[int, ...]) -> str:
+    from normlab.models.cost import macs, xla_flops
+
+    flops = xla_flops(model, image_shape)
+    beside = "" if flops is None else f"; XLA counts {flops:,.0f} operations of all kinds"
+    return f"{macs(model, image_shape):,} multiply-accumulates an image{beside}"
 
 
 def field_meanings(config: Any) -> dict[str, str]:

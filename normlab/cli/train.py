@@ -23,14 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Trains and prints; returns 0, or 3 if the run diverged."""
     from normlab.config import load_config
-    from normlab.training.loop import train
 
     config = load_config(args.config, args.overrides)
+    return train_and_print(config, args.workdir, args.overrides)
+
+
+def train_and_print(config: Any, workdir: str, overrides: Mapping[str, Any]) -> int:
+    """Does what `main` says for a config that is loaded."""
+    from normlab.training.loop import train
+
     what = f"{config.model.kind} with {config.norm.kind} on {config.data.name}, seed {config.seed}"
-    result = train(config, args.workdir, overrides=args.overrides, progress=_progress(what))
+    result = train(config, workdir, overrides=overrides, progress=_progress(what))
     for name, value in result.items():
         print(f"{name:40} {value:.6g}" if isinstance(value, float) else f"{name:40} {value}")
-    print(f"in {args.workdir}")
+    print(f"in {workdir}")
     return 3 if result["status"] == "diverged" else 0
 
 

@@ -128,7 +128,7 @@ def find(info: DatasetInfo, path_text: str | None) -> Found:
         raise UserError(f"data set {info.name!r} has no archive; use --config.data.source=sklearn")
     if not path_text:
         wanted = " or ".join(layout.archive for layout in layouts)
-        raise UserError(f"config field 'data.path' is not set; it names {wanted}, or their folder")
+        raise UserError(f"config field 'data.path' is not set; it names {wanted}, packed or not")
     field = f"config field 'data.path' = {path_text!r}"
     path = Path(os.path.expanduser(path_text))
     try:

@@ -35,6 +35,11 @@ def _digits(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
 
 
+def describe_process() -> dict[str, Any]:
+    """Returns what a run of this process stands on apart from its config."""
+    return run.describe_machine() | {"devices": [str(device) for device in jax.devices()]}
+
+
 def describe_run(
     parts: Parts,
     folder: Path,
@@ -48,7 +53,7 @@ def describe_run(
     `params` are the initial ones. What the resuming process stands on goes into `resumed` of the
     manifest, if it differs.
     """
-    machine = run.describe_machine() | {"devices": [str(device) for device in jax.devices()]}
+    machine = describe_process()
     manifest = run.read_json(folder / "manifest.json")
     if manifest is not None:
         earlier = manifest.get("resumed", [manifest])[-1]

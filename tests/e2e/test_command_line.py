@@ -1,11 +1,14 @@
 """The front door: commands as typed, and every mistake as one line with exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+
+from normlab.cli import COMMANDS
 
 TINY = [
     "--config.model.widths=(4,)",
@@ -41,7 +44,7 @@ def test_help_is_quick():
     assert fastest < 0.5
     finished = normlab("--help")
     assert finished.returncode == 0
-    for name in ("train", "compare", "eval", "report", "status", "inspect", "list"):
+    for name in COMMANDS:
         assert name in finished.stdout
 
 
@@ -125,6 +128,42 @@ def test_inspect_shows_fields_meanings_parameters_and_layers():
     assert "peak learning rate" in finished.stdout
     assert "norm.num_groups" in finished.stdout
     assert "num_groups 32 does not divide 16 channels: 16 groups" in finished.stdout
+    assert "40,551,040 multiply-accumulates an image; XLA counts " in finished.stdout
+
+
+def test_inspect_shows_what_two_configs_differ_in():
+    config = "configs/digits.py"
+    finished = normlab("inspect", f"--config={config}", f"--against={config}")
+    assert finished.stdout == "the same in every field\n"
+    finished = normlab(
+        "inspect", f"--config={config}", f"--against={config}", "--config.optim.base_lr=0.5"
+    )
+    header, line = finished.stdout.splitlines()
+    assert header.split() == ["field", config, config]
+    assert line.split() == ["optim.base_lr", "0.1", "0.5"]
+
+
+def test_a_run_is_made_once_more_from_its_folder(trained, tmp_path):
+    folder, _, _ = trained
+    finished = normlab("rerun", folder, f"--workdir={tmp_path / 'again'}")
+    assert finished.returncode == 0, finished.stderr
+    first, again = (path / "metrics.jsonl" for path in (folder, tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+    accuracy = json.loads((folder / "result.json").read_text())["test_accuracy"]
+    assert f"test accuracy {accuracy} then, {accuracy} now" in finished.stdout
+
+
+def test_a_rerun_says_what_is_not_as_it_was(trained, tmp_path):
+    folder, _, _ = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["versions"]["jax"] = "0.0.1"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    finished = normlab("rerun", copy, f"--workdir={tmp_path / 'again'}")
+    assert finished.returncode == 0
+    assert "normlab: not as then: versions.jax was 0.0.1, is " in finished.stderr
+    assert "no config.json" in mistake("rerun", tmp_path, f"--workdir={tmp_path / 'x'}")
 
 
 @pytest.mark.parametrize("kind", ["norms", "models", "convs", "optimizers", "data"])

@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_report(make_sweep, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("normlab.run.write_text", full)
-    with pytest.raises(MachineFault, match=r"report\.html' cannot be written: No space left"):
+    with pytest.raises(MachineFault, match=r"report\.tex' cannot be written: No space left"):
         write(tmp_path)
     assert paths.html.read_bytes() == old
 
