@@ -16,9 +16,9 @@ HEADLINE = (
 DIFFERENCES = (
     "Test accuracy minus that of {baseline}, in points, seed by seed: two runs of a seed share "
     "data order, augmentation and the initial values of common parameters. Mean ± half-width of "
-    "the t interval at {level:.2f}%, so that 95% holds for all {count} together (Bonferroni). "
-    "Bold: the interval excludes zero. Otherwise: how many more seeds give an 80% chance of it, "
-    "should difference and spread be as seen; from few seeds, a rough guess."
+    "the t interval at {level}. Bold: the interval excludes zero. Otherwise: how many more seeds "
+    "give an 80% chance of it, should difference and spread be as seen; from few seeds, a rough "
+    "guess."
 )
 COSTS = (
     "Test accuracy in percent with running, batch and recomputed statistics, as above; "
@@ -33,8 +33,11 @@ _MOST = 12  # items of one kind that are listed; the rest is counted
 
 def differences(baseline: str, comparisons: int) -> str:
     """Returns what the table of paired differences shows."""
-    level = 100 * (1 - (1 - CONFIDENCE) / comparisons)
-    return DIFFERENCES.format(baseline=baseline, level=level, count=comparisons)
+    level = f"{CONFIDENCE:.0%}"
+    if comparisons > 1:
+        each = 1 - (1 - CONFIDENCE) / comparisons
+        level = f"{each:.2%}, so that {level} holds for all {comparisons} together (Bonferroni)"
+    return DIFFERENCES.format(baseline=baseline, level=level)
 
 
 def verdict(sweep: Sweep) -> str:

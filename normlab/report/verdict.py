@@ -19,7 +19,7 @@ BROKEN = "no verdict"
 """The outcome where the verdict's own code failed."""
 
 TEST = (
-    "Paired differences by seed, two-sided t intervals, 95% for all {count} hypotheses together "
+    "Paired differences by seed, two-sided t intervals; 95% holds for all hypotheses together "
     "(Bonferroni)."
 )
 
@@ -113,7 +113,7 @@ def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
         if False in answers:
             outcome = "not reproduced"
         sentences = tuple(sentence for _, sentence in judged)
-        return Verdict(outcome, sentences, TEST.format(count=len(hypotheses)))
+        return Verdict(outcome, sentences, TEST)
 
     return verdict
 
