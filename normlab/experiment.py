@@ -80,6 +80,7 @@ class Scale:
     seeds: int | None = None  # none: the experiment's
     verdict: VerdictFunction | None = None  # none: the experiment's
     cost: str = ""  # e.g. "10 minutes on 2 cores"
+    claim: str = ""  # the part of the claim that this scale tests; none: the experiment's
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Experiment:
             there.seeds or self.seeds,
             there.verdict or self.verdict,
             there.cost,
+            there.claim or self.claim,
         )
 
     def facts(self, name: str, scale: str) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class Experiment:
         return {
             "name": name,
             "scale": scale,
-            "claim": self.claim,
+            "claim": self.at(scale).claim,
             "published": [
                 {
                     "metric": table.metric,

@@ -191,3 +191,12 @@ def test_a_papers_page_is_kept_beside_the_experiments(tmp_path, capsys):
     listed = capsys.readouterr().out
     assert len(listed.splitlines()) == sum(len(load_experiment(x)[1].scales) for x in names())
     assert "not run" in listed
+
+
+def test_the_readme_of_the_experiments_is_what_their_results_say():
+    from normlab.cli import paper
+    from normlab.report.results import overview
+
+    folder = experiments.experiments_folder()
+    kept = (folder / "README.md").read_text(encoding="utf-8")
+    assert kept == overview(paper._lines(), folder / "results")

@@ -58,5 +58,6 @@ def _lines() -> list[Line]:
     for file in experiment_files():
         name, experiment = load_experiment(str(file))
         for scale in experiment.scales:
-            found.append(Line(name, scale, experiment.claim, experiment.at(scale).cost))
+            at = experiment.at(scale)
+            found.append(Line(name, scale, at.claim, at.cost))
     return found
