@@ -100,8 +100,16 @@ def test_the_run_is_diverged_after_k_such_steps_in_a_row_and_stands_still():
     assert (int(after.step), int(after.totals.nonfinite)) == (4, 3)
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("norm", sorted(set(NORMS) - {"none"}))
+@pytest.mark.parametrize(
+    ("norm", "model"),
+    [
+        (norm, model)
+        for norm in sorted(set(NORMS) - {"none"})
+        for model in ("mlp", "cnn")
+        # Over one value per channel the deviation is 0 whatever the value: nothing overflows.
+        if model == "cnn" or norm not in ("instance_norm", "group_norm")
+    ],
+)
 def test_an_overflowing_statistic_is_found_even_where_loss_and_gradient_are_finite(norm, model):
     """1e20² is more than float32 holds: the variance is infinite, and x̂ = x/∞ = 0 is not."""
     strides = {"model.strides": (2,)} if model == "cnn" else {}
