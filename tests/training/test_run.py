@@ -431,3 +431,20 @@ def test_groups_that_do_not_divide_are_settled_and_noted(tmp_path):
     log = Path(tmp_path / "run" / "log.txt").read_text()
     assert "norm1: num_groups 3 does not divide 4 channels: 2 groups" in log
     assert "norm2: num_groups 3 does not divide 8 channels: 2 groups" in log
+
+
+@pytest.mark.parametrize(("field", "value"), [("widths", (0, 8)), ("strides", (-1, 2))])
+def test_a_net_of_nothing_is_refused_before_the_run(field, value, tmp_path):
+    config = small(**{f"model__{field}": value})
+    with pytest.raises(UserError, match=rf"'model\.{field}' = .* must each be from 1"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_result_whose_accuracy_is_no_number_is_named_and_kept(tmp_path):
+    train(small(), tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    path.write_text('{"status": "done", "test_accuracy": "x"}')
+    with pytest.raises(UserError, match="test_accuracy 'x'"):
+        train(small(), tmp_path / "run")
+    assert "x" in path.read_text()
