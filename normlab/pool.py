@@ -81,7 +81,9 @@ def run_plan(
             while hand.is_alive():
                 hand.join(timeout=0.2)
                 if faults:
-                    raise faults[0]
+                    break
+        if faults:
+            raise faults[0]
     except BaseException:
         for worker in workers:
             worker.stop()

@@ -10,8 +10,7 @@ from normlab.report.tables import NOTHING, Cell, Table, accuracy_cell
 def beside(sweep: Sweep, table: PublishedTable) -> Table:
     """Returns a row for each cell that the paper has a number for: theirs, ours, the difference.
 
-    The difference is given only where the scale is the paper's own setting; and where ours has an
-    interval, whether it holds the paper's number.
+    The difference is given only where the scale is the paper's own setting.
     """
     rows = []
     for setting in sweep.settings:

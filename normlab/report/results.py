@@ -24,13 +24,20 @@ ROWS = "rows.json"
 def publish(sweep: Sweep, folder: Path) -> list[Path]:
     """Writes rows.json, report.md, report.html, rows.csv and figures; returns their paths.
 
-    Files of the same names are replaced. Raises UserError for a sweep that is no experiment's or
-    has no verdict of these rows.
+    Results of the same runs, or of fewer, are replaced. Raises UserError, and writes nothing, for
+    others: a trial with other fields must not pass for what was kept; and for a sweep that is no
+    experiment's or has no verdict of these rows.
     """
     from normlab.run import write_text
 
     if sweep.claim is None or sweep.claim.rows != digest(sweep):
         raise UserError(f"{str(sweep.directory)!r} has no experiment with a verdict of its rows")
+    kept = _read(folder)
+    if kept is not None and not {row["id"] for row in kept["rows"]} <= {x.id for x in sweep.rows}:
+        raise UserError(
+            f"{str(folder)!r} keeps the results of other runs; move it away, or name another "
+            "folder with --results"
+        )
     figures = {f"{name}.svg": plots.standalone(svg) for name, svg in _figures(sweep).items()}
     texts = {
         ROWS: json.dumps(as_json(sweep), indent=1, allow_nan=False) + "\n",

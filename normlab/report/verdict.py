@@ -104,7 +104,12 @@ def close(a: Place, b: Place, margin: float, **of_what: Any) -> Hypothesis:
 
 
 def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
-    """Returns the verdict function of a claim that stands or falls with these hypotheses."""
+    """Returns the verdict function of a claim that stands or falls with these hypotheses.
+
+    Raises ValueError if there is none: a claim of nothing would always be reproduced.
+    """
+    if not hypotheses:
+        raise ValueError("all_of() names no hypothesis")
 
     def verdict(sweep: Sweep) -> Verdict:
         judged = [hypothesis.judge(sweep, len(hypotheses)) for hypothesis in hypotheses]

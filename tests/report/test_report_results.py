@@ -97,3 +97,15 @@ def test_a_damaged_result_is_named(sweep, tmp_path):
     (tmp_path / "a_claim-smoke" / "rows.json").write_text("{")
     with pytest.raises(UserError, match=r"rows\.json' holds no results"):
         outcome(tmp_path, "a_claim", "smoke")
+
+
+def test_results_of_other_runs_are_not_replaced(sweep, tmp_path):
+    publish(sweep, tmp_path / "kept")
+    path = tmp_path / "kept" / "rows.json"
+    kept = json.loads(path.read_text())
+    kept["rows"][0]["id"] = "another"
+    path.write_text(json.dumps(kept))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="keeps the results of other runs"):
+        publish(sweep, tmp_path / "kept")
+    assert path.read_bytes() == before

@@ -196,3 +196,8 @@ def test_damaged_facts_do_not_stop_a_report(experiment, tmp_path, damage):
     (tmp_path / "sweep.json").write_text(json.dumps(plan | damage))
     (tmp_path / "verdict.json").write_text("[1")
     assert "<script" not in write(tmp_path).html.read_text()
+
+
+def test_a_claim_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="names no hypothesis"):
+        all_of()
