@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from normlab.data import dataset_info
+from normlab.data import describe
 from normlab.errors import UserError
 from normlab.norms.factory import UNITS
 
@@ -26,7 +26,7 @@ class RunLength:
         Raises UserError if a batch cannot be filled or the run has no step.
         """
         batch_size = config.train.batch_size
-        num_train, held_out = dataset_info(config.data.name).num_train, config.data.num_validation
+        num_train, held_out = describe(config.data).num_train, config.data.num_validation
         if not 0 <= held_out < num_train:
             raise UserError(
                 f"config field 'data.num_validation' = {held_out} must be from 0 to "

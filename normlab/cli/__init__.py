@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "report",
     "status": "status",
     "inspect": "inspect",
+    "data": "data",
     "list": "names",
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normlab.data.augmentation import augment
+    from normlab.data.images import Encoded, central_part, prefetched, random_part
     from normlab.data.info import DATASETS, DatasetInfo, binary, dataset_info
     from normlab.data.pipeline import (
         Examples,
@@ -17,8 +18,19 @@ if TYPE_CHECKING:
         order_hash,
         step_key,
         train_indices,
+        training_batch,
     )
-    from normlab.data.sources import Dataset, Split, binarized, check_source, hold_out, load
+    from normlab.data.sources import (
+        AnySplit,
+        Dataset,
+        Split,
+        binarized,
+        check_cropping,
+        check_source,
+        describe,
+        hold_out,
+        load,
+    )
 
 _HOMES = {
     "augmentation": ("augment",),
@@ -31,29 +43,49 @@ _HOMES = {
         "order_hash",
         "step_key",
         "train_indices",
+        "training_batch",
     ),
-    "sources": ("Dataset", "Split", "binarized", "check_source", "hold_out", "load"),
+    "images": ("Encoded", "central_part", "prefetched", "random_part"),
+    "sources": (
+        "AnySplit",
+        "Dataset",
+        "Split",
+        "binarized",
+        "check_cropping",
+        "check_source",
+        "describe",
+        "hold_out",
+        "load",
+    ),
 }
 
 __all__ = [
     "DATASETS",
+    "AnySplit",
     "Dataset",
     "DatasetInfo",
+    "Encoded",
     "Examples",
     "Split",
     "augment",
     "binarized",
     "binary",
+    "central_part",
+    "check_cropping",
     "check_source",
     "dataset_info",
+    "describe",
     "epoch_permutation",
     "eval_indices",
     "fetch",
     "hold_out",
     "load",
     "order_hash",
+    "prefetched",
+    "random_part",
     "step_key",
     "train_indices",
+    "training_batch",
 ]
 
 

@@ -34,9 +34,9 @@ PUBLISHED = {
     "cifar-100-binary.tar.gz": (168_513_733, "03b5dce01913d631647c71ecec9e9cb8"),
 }
 
-_ROOM = 2**20  # bytes of an archive's headers and small files (readme, names of the classes)
+ROOM = 2**20  # bytes of an archive's headers and small files (readme, names of the classes)
 _LARGEST = 2**28  # bytes; no archive unpacks to more (CIFAR: 2^27.5)
-_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError)
+DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,21 @@ class Found:
 def find(info: DatasetInfo, path_text: str | None) -> Found:
     """Returns where the files of a data set are, having opened none that is large.
 
-    Raises UserError for a path that is unset, does not exist, or holds another data set or none,
-    and for a file that is missing or has the wrong number of bytes.
+    Raises UserError as `locate` does, and for a file that is missing or has the wrong number of
+    bytes.
+    """
+    found = locate(info, path_text)
+    try:
+        _check_files(info, found)
+    except OSError as error:
+        raise UserError(f"{str(found.path)!r} cannot be read: {error}") from error
+    return found
+
+
+def locate(info: DatasetInfo, path_text: str | None) -> Found:
+    """Returns where a data set is, whatever state its files are in.
+
+    Raises UserError for a path that is unset, does not exist, or holds another data set or none.
     """
     layouts = LAYOUTS.get(info.name)
     if layouts is None:
@@ -136,9 +149,8 @@ def find(info: DatasetInfo, path_text: str | None) -> Found:
             raise UserError(f"{field} does not exist")
         found = _search(path)
         if info.name in found:
-            _check_files(info, found[info.name])
             return found[info.name]
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{field} cannot be read: {error}") from error
     if found:
         hint = f"it holds {' or '.join(map(repr, found))}"
@@ -179,25 +191,25 @@ def _place(layout: Layout, path: Path) -> Path | None:
 def _known_member(path: Path) -> str | None:
     """Returns the first file name in a tar archive that belongs to any layout."""
     known = {s for layouts in LAYOUTS.values() for each in layouts for s in _all_spellings(each)}
-    for member, _ in _members(path, _LARGEST):
+    for member, _ in members(path, _LARGEST):
         if member in known:
             return member
     return None
 
 
-def _spellings(name: str) -> tuple[str, ...]:
+def spellings(name: str) -> tuple[str, ...]:
     """Returns the names under which an official file goes about."""
     dotted = name.replace("-idx", ".idx")
     return (name, dotted, f"{name}.gz", f"{dotted}.gz")
 
 
 def _all_spellings(layout: Layout) -> set[str]:
-    return {spelling for name in layout.train + layout.test for spelling in _spellings(name)}
+    return {spelling for name in layout.train + layout.test for spelling in spellings(name)}
 
 
-def _in_folder(folder: Path, name: str) -> Path:
+def in_folder(folder: Path, name: str) -> Path:
     """Returns the file called `name`, in whichever spelling and compression it is there."""
-    for spelling in _spellings(name):
+    for spelling in spellings(name):
         if (folder / spelling).is_file():
             return folder / spelling
     raise UserError(f"file {str(folder / name)!r} is missing")
@@ -216,7 +228,7 @@ def _check_files(info: DatasetInfo, found: Found) -> None:
             )
         return
     for name, size in found.layout.sizes(info).items():
-        file = _in_folder(path, name)
+        file = in_folder(path, name)
         if file.suffix != ".gz":
             _check_size(str(file), file.stat().st_size, size, found.layout.form.exact)
 
@@ -242,7 +254,7 @@ def read(info: DatasetInfo, found: Found) -> tuple[Arrays, Arrays]:
         _check_md5(found.path)
         files = _read_tar(found.path, sizes)
     else:
-        files = {name: _read_file(_in_folder(found.path, name), sizes[name]) for name in sizes}
+        files = {name: read_file(in_folder(found.path, name), sizes[name]) for name in sizes}
     for name, file in files.items():
         _check_size(file.label, len(file.content), sizes[name], layout.form.exact)
     train = layout.form.decode(info, [files[name] for name in layout.train], info.num_train)
@@ -267,28 +279,28 @@ def _check_md5(path: Path) -> None:
         )
 
 
-def _read_file(path: Path, limit: int) -> File:
+def read_file(path: Path, limit: int) -> File:
     """Returns a file, unzipped; at most limit + 1 bytes of it are read."""
     try:
         with path.open("rb") as file:
-            return File(str(path), _unzipped(file, path.name, limit))
-    except _DAMAGE as error:
+            return File(str(path), unzipped(file, path.name, limit))
+    except DAMAGE as error:
         raise UserError(f"file {str(path)!r} is damaged: {error}") from error
 
 
 def _read_tar(path: Path, limits: dict[str, int]) -> dict[str, File]:
     """Returns the files named in `limits`; at most limit + 1 bytes of each are read."""
-    official = {spelling: name for name in limits for spelling in _spellings(name)}
+    official = {spelling: name for name in limits for spelling in spellings(name)}
     files: dict[str, File] = {}
     try:
-        for member, content in _members(path, 2 * (sum(limits.values()) + _ROOM)):
+        for member, content in members(path, 2 * (sum(limits.values()) + ROOM)):
             name = official.get(member)
             if name is not None and name not in files:
                 label = f"{path}:{member}"
-                files[name] = File(label, _unzipped(content, member, limits[name]))
+                files[name] = File(label, unzipped(content, member, limits[name]))
             if len(files) == len(limits):
                 break
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"archive {str(path)!r} is damaged: {error}") from error
     for name in limits:
         if name not in files:
@@ -296,14 +308,15 @@ def _read_tar(path: Path, limits: dict[str, int]) -> dict[str, File]:
     return files
 
 
-def _unzipped(file: IO[bytes], name: str, limit: int) -> bytes:
+def unzipped(file: IO[bytes], name: str, limit: int) -> bytes:
+    """Returns a file's content, unzipped if `name` says so; at most limit + 1 bytes of it."""
     if name.endswith(".gz"):
         with gzip.GzipFile(fileobj=file) as unzipped:
             return unzipped.read(limit + 1)
     return file.read(limit + 1)
 
 
-def _members(path: Path, limit: int) -> Iterator[tuple[str, IO[bytes]]]:
+def members(path: Path, limit: int) -> Iterator[tuple[str, IO[bytes]]]:
     """Yields (name without folders, content) of each regular file in a tar or tar.gz, in its order.
 
     One pass without seeking back: CIFAR's members are in no order, and seeking would unpack the

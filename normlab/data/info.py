@@ -10,13 +10,14 @@ class DatasetInfo:
     """A data set of images, as normlab sees it."""
 
     name: str
-    image_shape: tuple[int, int, int]  # H, W, C
+    image_shape: tuple[int, int, int]  # H, W, C, as the model gets them
     num_classes: int
     num_train: int
     num_test: int
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # may be empty: then nothing is known of them
     mean: tuple[float, ...]  # of each channel over the training pixels, in [0, 1]
     std: tuple[float, ...]  # standard deviation likewise
+    one_size: bool = True  # all images have this shape; others are decoded and cropped by batches
 
 
 _DIGITS = tuple("0123456789")
@@ -44,8 +45,15 @@ _CIFAR100_NAMES = """
     train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 
+_IMAGENETTE_NAMES = (
+    "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 "
+    "n03888257"  # tench, springer, cassette player, chain saw, church, horn, truck, pump, ball, ...
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 # Means and deviations were computed from the training images, in float64, except CIFAR-100's,
-# which are the usual published ones (e.g. weiaicunzai/pytorch-cifar100, conf/global_settings.py).
+# which are the usual published ones (e.g. weiaicunzai/pytorch-cifar100, conf/global_settings.py),
+# and ImageNet's (those of torchvision's models).
 DATASETS = {
     info.name: info
     for info in (
@@ -73,6 +81,28 @@ DATASETS = {
             tuple(_CIFAR100_NAMES.split()),
             (0.5071, 0.4865, 0.4409),
             (0.2673, 0.2564, 0.2762),
+        ),
+        DatasetInfo(
+            "imagenette",
+            (224, 224, 3),
+            10,
+            9_469,
+            3_925,
+            tuple(_IMAGENETTE_NAMES.split()),
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            one_size=False,
+        ),
+        DatasetInfo(
+            "imagenet",
+            (224, 224, 3),
+            1000,
+            1_281_167,
+            50_000,
+            (),
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            one_size=False,
         ),
     )
 }

@@ -5,12 +5,14 @@ steps, and every normalizer that shares a seed sees the same examples in the sam
 """
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from normlab.data.augmentation import augment
 from normlab.data.info import DatasetInfo
 from normlab.errors import UserError
 
@@ -81,6 +83,24 @@ def fetch(examples: Examples, indices: Array, info: DatasetInfo) -> tuple[Array,
     chosen = jnp.take(images, indices, axis=0).astype(jnp.float32) / 255
     mean, std = jnp.asarray(info.mean, jnp.float32), jnp.asarray(info.std, jnp.float32)
     return (chosen - mean) / std, jnp.take(labels, indices, axis=0)
+
+
+def training_batch(
+    examples: Examples, config: Any, info: DatasetInfo, seed: Array, step: Array, indices: Array
+) -> tuple[Array, Array]:
+    """Returns (images, labels) of a step as the model gets them: standardized, then augmented.
+
+    `config` is the config's `data`; `indices`: int32 [B]. Pure, jit-able.
+    """
+    images, labels = fetch(examples, indices, info)
+    augmented = augment(
+        step_key(seed, step),
+        images,
+        crop_padding=config.crop_padding,
+        flip=config.flip,
+        cutout_size=config.cutout_size,
+    )
+    return augmented, labels
 
 
 def step_key(seed: Array | int, step: Array | int) -> Array:

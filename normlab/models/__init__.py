@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from normlab.data.info import dataset_info
+from normlab.data import describe
 from normlab.errors import unknown
 from normlab.models.activations import ACTIVATIONS
 from normlab.models.cnn import CNN
@@ -75,7 +75,7 @@ def build(
     length = run_length or RunLength.of(config)
     conv = dict(config.conv)
     return MODELS[kind](
-        num_classes=dataset_info(config.data.name).num_classes,
+        num_classes=describe(config.data).num_classes,
         norm=make_norm(config, length, num_devices=num_devices, axis_name=axis_name),
         conv=CONVS[conv.pop("kind")](**conv),
         **fields,

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from normlab.data import DatasetInfo, Examples, eval_indices, fetch
 from normlab.norms.functional import Moments, merge_moments
-from normlab.training.examples import DeviceData
+from normlab.training.examples import Feed, RunData
 from normlab.training.parallel import Compiler, shard_rows
 from normlab.training.setup import Parts
 from normlab.training.step import cross_entropy
@@ -36,16 +36,14 @@ Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # (indices int32 [B], mask bo
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates one model on examples that live on the device."""
+    """Evaluates one model."""
 
     model: nn.Module
     info: DatasetInfo
     mesh: Mesh
     compiler: Compiler
 
-    def running(
-        self, variables: Variables, examples: Examples, batch_size: int
-    ) -> dict[str, float]:
+    def running(self, variables: Variables, examples: Feed, batch_size: int) -> dict[str, float]:
         """Returns accuracy and loss (nats) with running statistics.
 
         `batch_size` changes speed and memory, not the accuracy.
@@ -56,10 +54,10 @@ class Evaluator:
             logits: Any = self.model.apply(variables, images, train=False)
             return _count(logits, labels, mask)
 
-        batches = self._batches(len(examples[1]), batch_size)
+        batches = self._batches(len(examples), batch_size)
         return self._total("evaluate_running", measure, variables, examples, batches)
 
-    def batch(self, variables: Variables, examples: Examples, batch_size: int) -> dict[str, float]:
+    def batch(self, variables: Variables, examples: Feed, batch_size: int) -> dict[str, float]:
         """Returns accuracy and loss with each batch normalized by its own statistics.
 
         `batch_size` is the training's; scope and ghost size are the model's. A last, smaller batch
@@ -73,13 +71,13 @@ class Evaluator:
             )
             return _count(logits, labels, mask)
 
-        count = len(examples[1])
+        count = len(examples)
         order = np.random.default_rng(SHUFFLE_SEED).permutation(count).astype(np.int32)
         batches = ((order[rows], mask) for rows, mask in self._training_batches(count, batch_size))
         return self._total("evaluate_batch", measure, variables, examples, batches)
 
     def recompute(
-        self, variables: Variables, examples: Examples, batch_size: int, norm: Any
+        self, variables: Variables, examples: Feed, batch_size: int, norm: Any
     ) -> Variables:
         """Returns the variables with the statistics of one exact pass over `examples`.
 
@@ -100,8 +98,9 @@ class Evaluator:
             return jax.tree.map(merge_moments, total, moments, is_leaf=_is_moments)
 
         total = None
-        for rows, mask in self._training_batches(len(examples[1]), batch_size):
-            arguments = (variables, examples, jnp.asarray(rows), jnp.asarray(mask))
+        for arguments in _arguments(
+            variables, examples, self._training_batches(len(examples), batch_size)
+        ):
             moments = self.compiler("recompute", gather, *arguments)(*arguments)
             total = (
                 moments
@@ -118,7 +117,7 @@ class Evaluator:
         self,
         parts: Parts,
         variables: Variables,
-        data: DeviceData,
+        data: RunData,
         recompute: bool = True,
     ) -> dict[str, dict[str, float]]:
         """Returns, by split, accuracy and loss with running statistics.
@@ -164,14 +163,13 @@ class Evaluator:
         name: str,
         measure: Callable[..., Any],
         variables: Variables,
-        examples: Examples,
+        examples: Feed,
         batches: Batches,
     ) -> dict[str, float]:
         sums = []
-        for rows, mask in batches:
-            arguments = (variables, examples, jnp.asarray(rows), jnp.asarray(mask))
+        for arguments in _arguments(variables, examples, batches):
             sums.append(self.compiler(name, measure, *arguments)(*arguments))
-        count = len(examples[1])
+        count = len(examples)
         # Hits are integers and losses are summed in float64: no batch size changes the accuracy.
         return {
             "accuracy": sum(int(part["correct"]) for part in sums) / count,
@@ -182,6 +180,14 @@ class Evaluator:
 def by_split(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Returns {split: {name: value}} as {"split_name": value}."""
     return {f"{split}_{name}": x for split, part in metrics.items() for name, x in part.items()}
+
+
+def _arguments(variables: Variables, examples: Feed, batches: Batches) -> Iterator[Any]:
+    """Yields (variables, data, rows, mask) of each batch."""
+    listed = list(batches)
+    fed = examples.batches(rows for rows, _ in listed)
+    for (data, rows), (_, mask) in zip(fed, listed, strict=True):
+        yield variables, data, jnp.asarray(rows), jnp.asarray(mask)
 
 
 def _count(logits: Array, labels: Array, mask: Array) -> dict[str, Array]:

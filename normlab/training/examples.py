@@ -1,32 +1,140 @@
-"""A run's data where its steps find it: whole, as uint8, on every device."""
+"""A run's data as its steps get it: whole on every device, or decoded batch by batch.
+
+Either kind gives pairs (examples, rows): arrays on the devices, and the places in them of the
+examples that are meant. Of data in memory the arrays are always the same; of encoded images they
+are the batch itself, made by threads while the devices compute.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from normlab.data import Examples, binarized, hold_out, load
+from normlab.data import (
+    AnySplit,
+    DatasetInfo,
+    Encoded,
+    Examples,
+    central_part,
+    hold_out,
+    load,
+    prefetched,
+    random_part,
+)
 from normlab.training import parallel
+
+Batch = tuple[Examples, np.ndarray]  # the rows: int32 [B], or [steps, B] to train on
+
+
+class Feed(Protocol):
+    """The examples of a split."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, indices: Iterable[np.ndarray]) -> Generator[Batch]:
+        """Yields the batch of each `indices`, int32 [B], as it is evaluated."""
+
+    def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
+        """Yields what the steps from `first` are trained on, `indices` int32 [steps, B].
+
+        So many steps `together`, what is left one by one.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceData:
+class Resident:
+    """Examples that are on the devices as a whole."""
+
+    examples: Examples
+
+    def __len__(self) -> int:
+        return len(self.examples[1])
+
+    def batches(self, indices: Iterable[np.ndarray]) -> Generator[Batch]:
+        """Yields the batch of each `indices`, int32 [B]."""
+        return ((self.examples, rows) for rows in indices)
+
+    def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
+        """Yields what the steps are trained on; `seed` and `first` are of no account."""
+        return ((self.examples, indices[chosen]) for chosen in _chunks(len(indices), together))
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Encoded images, decoded and cropped as they are asked for."""
+
+    images: Encoded
+    info: DatasetInfo
+    config: Any  # config.data
+    mesh: Mesh
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, indices: Iterable[np.ndarray]) -> Generator[Batch]:
+        """Yields the batch of each `indices`, int32 [B]: the middle of each image."""
+        middle = central_part(self.config.eval_crop)
+
+        def decode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return self._cropped(rows, [middle] * len(rows))
+
+        for images, labels in prefetched(indices, decode):
+            yield self._placed(images, labels), np.arange(len(labels), dtype=np.int32)
+
+    def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
+        """Yields what the steps are trained on: a random part of each image, if so configured."""
+        middle = central_part(self.config.eval_crop)
+        area = self.config.crop_area if self.config.random_resized_crop else None
+
+        def decode(chosen: slice) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+            rows = indices[chosen]
+            parts = [
+                random_part(seed, first + chosen.start + step, place, area) if area else middle
+                for step, place in np.ndindex(rows.shape)
+            ]
+            return *self._cropped(rows.ravel(), parts), rows.shape
+
+        for images, labels, shape in prefetched(_chunks(len(indices), together), decode):
+            places = np.arange(len(labels), dtype=np.int32).reshape(shape)
+            yield self._placed(images, labels), places
+
+    def _cropped(self, rows: np.ndarray, parts: Any) -> tuple[np.ndarray, np.ndarray]:
+        return self.images.cropped(rows, parts, self.info.image_shape, self.config.interpolation)
+
+    def _placed(self, images: np.ndarray, labels: np.ndarray) -> Examples:
+        return parallel.replicate((images, labels), self.mesh)
+
+
+def _chunks(count: int, together: int) -> Iterator[slice]:
+    """Yields slices of `together` steps, and of one step for each that is left."""
+    whole = count - count % together
+    yield from (slice(i, i + together) for i in range(0, whole, together))
+    yield from (slice(i, i + 1) for i in range(whole, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
     """The examples that a run trains on, and those it is evaluated on, by split."""
 
-    train: Examples
-    evaluated: Mapping[str, Examples]  # "validation", if any are held out, and "test"
+    train: Feed
+    evaluated: Mapping[str, Feed]  # "validation", if any are held out, and "test"
     fingerprint: str  # of the whole data set
 
 
-def load_on_devices(config: ConfigDict, mesh: Mesh) -> DeviceData:
+def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     """Reads `config.data`; raises UserError, one line, as `data.load` does."""
     data = load(config.data)
     train, validation = hold_out(data.train, config.data.num_validation)
-    splits = {"train": train, "validation": validation, "test": data.test}
-    placed = {}
-    for name, split in splits.items():
-        if split is not None:
-            split = binarized(split) if config.data.binarize else split
-            placed[name] = parallel.replicate((split.images, split.labels), mesh)
-    return DeviceData(placed.pop("train"), placed, data.fingerprint)
+
+    def feed(split: AnySplit) -> Feed:
+        if isinstance(split, Encoded):
+            return Streamed(split, data.info, config.data, mesh)
+        return Resident(parallel.replicate((split.images, split.labels), mesh))
+
+    evaluated = {"test": feed(data.test)}
+    if validation is not None:
+        evaluated = {"validation": feed(validation), **evaluated}
+    return RunData(feed(train), evaluated, data.fingerprint)

@@ -8,6 +8,7 @@ part of the state. So a run that was killed and resumed ends with the bytes of o
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from normlab import models, run
-from normlab.data import augment, fetch, order_hash, step_key, train_indices
+from normlab.data import order_hash, train_indices, training_batch
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, Variables, by_split
-from normlab.training.examples import load_on_devices
+from normlab.training.examples import load_data
 from normlab.training.probe import unit_percentiles
 from normlab.training.record import describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
@@ -78,13 +79,13 @@ class _Run:
         self.parts, self.folder, self.progress = parts, folder, progress
         self.clock = self.last_sign = time.perf_counter()
         self.mesh = parallel.make_mesh()
-        self.data = load_on_devices(config, self.mesh)
+        self.data = load_data(config, self.mesh)
         self.compiler = parallel.Compiler()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
 
         state = create_state(parts, self.compiler)
         self.num_params = models.count_params(state.params)
-        order = order_hash(config.seed, parts.length.batch_size, len(self.data.train[1]))
+        order = order_hash(config.seed, parts.length.batch_size, len(self.data.train))
         describe_run(parts, folder, overrides, self.data.fingerprint, order, state.params)
         note_groups(parts)
         self.facts = {"run": id_of(config), "seed": config.seed, "data": self.data.fingerprint}
@@ -137,25 +138,26 @@ class _Run:
         Waits for the device at the end, and now and then to see whether the run has diverged.
         """
         config, first = self.parts.config, self.step
-        chunk = parallel.steps_per_dispatch(config)
+        together = parallel.steps_per_dispatch(config, resident=self.parts.info.one_size)
         seed = parallel.seed_array(config.seed)
         indices = train_indices(
-            config.seed, first, until - first, self.parts.length.batch_size, len(self.data.train[1])
+            config.seed, first, until - first, self.parts.length.batch_size, len(self.data.train)
         )
         compiled_before, start = self.compiler.seconds, time.perf_counter()
         looked = self.step
-        while self.step < until and signals.received is None:
-            size = chunk if self.step + chunk <= until else 1
-            rows = indices[self.step - first : self.step - first + size]
-            arguments = (self.state, self.data.train, seed, rows)
-            dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
-            self.state = dispatch(*arguments)
-            self.step += size
-            self._heartbeat()
-            if self.step - looked >= config.train.max_nonfinite:
-                looked = self.step
-                if self._diverged():
+        with closing(self.data.train.steps(config.seed, first, indices, together)) as batches:
+            for data, rows in batches:
+                if signals.received is not None:
                     break
+                arguments = (self.state, data, seed, rows)
+                dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
+                self.state = dispatch(*arguments)
+                self.step += len(rows)
+                self._heartbeat()
+                if self.step - looked >= config.train.max_nonfinite:
+                    looked = self.step
+                    if self._diverged():
+                        break
         self.step = int(self.state.step)
         compiling = self.compiler.seconds - compiled_before
         self.train_seconds += time.perf_counter() - start - compiling
@@ -178,15 +180,7 @@ class _Run:
         config = self.parts.config
 
         def make_batch(seed: Array, step: Array, indices: Array) -> tuple[Array, Array]:
-            images, labels = fetch(data, indices, self.parts.info)
-            augmented = augment(
-                step_key(seed, step),
-                images,
-                crop_padding=config.data.crop_padding,
-                flip=config.data.flip,
-                cutout_size=config.data.cutout_size,
-            )
-            return augmented, labels
+            return training_batch(data, config.data, self.parts.info, seed, step, indices)
 
         train_step = make_train_step(
             self.parts.model,

@@ -50,11 +50,15 @@ def check_batch(config: ConfigDict) -> None:
         )
 
 
-def steps_per_dispatch(config: ConfigDict) -> int:
-    """Returns `parallel.steps_per_dispatch`, or the measured best: 1 on CPU, 50 elsewhere."""
+def steps_per_dispatch(config: ConfigDict, resident: bool = True) -> int:
+    """Returns `parallel.steps_per_dispatch`, or the measured best: 1 on CPU, 50 elsewhere.
+
+    Of data that is not `resident` on the devices, a dispatch holds its batches: then 1 everywhere.
+    """
     chosen = config.parallel.steps_per_dispatch
     if chosen is None:
-        return 1 if jax.default_backend() == "cpu" else ACCELERATOR_STEPS_PER_DISPATCH
+        many = resident and jax.default_backend() != "cpu"
+        return ACCELERATOR_STEPS_PER_DISPATCH if many else 1
     if chosen < 1:
         raise UserError(f"config field 'parallel.steps_per_dispatch' = {chosen} must be 1 or more")
     return chosen

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from normlab.data import DatasetInfo, Examples, eval_indices, fetch
 from normlab.errors import UserError, unknown
 from normlab.models.layers import norm_layers
+from normlab.training.examples import Feed
 from normlab.training.parallel import Compiler
 
 
@@ -44,7 +45,7 @@ def unit_percentiles(
     info: DatasetInfo,
     compiler: Compiler,
     variables: dict[str, Any],
-    examples: Examples,
+    examples: Feed,
 ) -> dict[str, float]:
     """Returns {"p15": value, ...} of the unit `config.probe` names, over all examples."""
     layer, unit = config.probe.layer, config.probe.unit
@@ -62,8 +63,9 @@ def unit_percentiles(
         return y[..., unit]
 
     found = []
-    for rows, mask in zip(*eval_indices(len(examples[1]), config.eval.batch_size), strict=True):
-        arguments = (variables, examples, jax.numpy.asarray(rows))
+    indices, masks = eval_indices(len(examples), config.eval.batch_size)
+    for (data, rows), mask in zip(examples.batches(indices), masks, strict=True):
+        arguments = (variables, data, jax.numpy.asarray(rows))
         values = np.asarray(compiler("probe", outputs, *arguments)(*arguments), np.float64)
         found.append(values[mask].ravel())
     values = np.concatenate(found)

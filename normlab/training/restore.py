@@ -8,7 +8,7 @@ from normlab.config import from_json
 from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, by_split
-from normlab.training.examples import load_on_devices
+from normlab.training.examples import load_data
 from normlab.training.setup import Parts, build_parts, id_of
 from normlab.training.state import TrainState, create_state
 
@@ -72,7 +72,7 @@ def evaluate_run(
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
     mesh = parallel.make_mesh()
-    data = load_on_devices(parts.config, mesh)
+    data = load_data(parts.config, mesh)
     evaluator = Evaluator(parts.model, parts.info, mesh, compiler)
     variables = state.variables(parts.config.eval.use_ema if use_ema is None else use_ema)
     variables = parallel.replicate(variables, mesh)

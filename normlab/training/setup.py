@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from normlab import models, optim
 from normlab.config import flatten, identity, run_id
-from normlab.data import DatasetInfo, binary, check_source, dataset_info
+from normlab.data import DatasetInfo, check_cropping, check_source, describe
 from normlab.errors import UserError
 from normlab.norms import NORMS, NormFactory
 from normlab.optim.schedules import Schedule
@@ -51,8 +51,9 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
 
     With `need_data`, also for a data set that is not where the config says.
     """
-    length = RunLength.of(config)
     _check_numbers(config)
+    check_cropping(config.data)
+    length = RunLength.of(config)
     parallel.check_batch(config)
     parallel.steps_per_dispatch(config)
     if need_data:
@@ -61,11 +62,10 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
         model = models.build(config, length, num_devices=parallel.num_devices())
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from error
-    info = dataset_info(config.data.name)
     parts = Parts(
         config=config,
         length=length,
-        info=binary(info) if config.data.binarize else info,
+        info=describe(config.data),
         model=model,
         direction=optim.build_direction(config),
         schedule=optim.build_schedule(config, length),
@@ -100,6 +100,9 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("train.ema_decay", 0.0, 1.0),
     ("eval.batch_size", 1, 2**31 - 1),
     ("checkpoint.keep", 1, math.inf),
+    ("data.image_size", 1, 4096),
+    ("data.crop_area", 0.0, 1.0),
+    ("data.eval_crop", 1 / 1024, 1.0),
     ("data.crop_padding", 0, 1024),
     ("data.cutout_size", 0, 1024),
     ("optim.base_lr", 0.0, math.inf),

@@ -1,10 +1,10 @@
 """Data sets in miniature take the place of the real ones."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from official import INFOS, Config
+from ml_collections import ConfigDict
+from official import INFOS, Config, data_config
 
 from normlab.data.info import DATASETS
 
@@ -19,9 +19,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def archive() -> Config:
     """Makes a config.data of source "archive"."""
 
-    def make(name: str, path: Path | str | None) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=name, source="archive", path=None if path is None else str(path)
-        )
+    def make(name: str, path: Path | str | None) -> ConfigDict:
+        return data_config(name=name, source="archive", path=None if path is None else str(path))
 
     return make

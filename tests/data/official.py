@@ -6,11 +6,12 @@ import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from configs import base
 from normlab.data import DatasetInfo
 
 # Height and width differ, so that a mistaken order of axes shows.
@@ -23,8 +24,15 @@ INFOS = {
         ("fashion_mnist", (3, 5, 1), 10, 6, 4),
     )
 }
-Config = Callable[..., SimpleNamespace]  # of the fixture `archive`
+Config = Callable[..., ConfigDict]  # of the fixture `archive`
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def data_config(**fields: Any) -> ConfigDict:
+    """Returns the base config's `data` with other values for some fields."""
+    config = base.get_config().data
+    config.update(fields)
+    return config
 
 
 def splits(name: str) -> Splits:

@@ -2,16 +2,16 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from official import data_config
 from sklearn.datasets import load_digits
 
 from normlab.data import Dataset, check_source, dataset_info, hold_out, load
 from normlab.errors import UserError
 
-DIGITS = SimpleNamespace(name="digits", source="sklearn", path=None)
+DIGITS = data_config()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_source_that_does_not_fit_is_refused_before_loading(
     fields: dict[str, str], message: str
 ) -> None:
     with pytest.raises(UserError, match=rf"^{message}$"):
-        check_source(SimpleNamespace(**(vars(DIGITS) | fields)))
+        check_source(data_config(**fields))
 
 
 # Validation --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from normlab.config import load_config
 from normlab.data import binarized, load
 from normlab.errors import UserError
 from normlab.training import parallel
-from normlab.training.examples import load_on_devices
+from normlab.training.examples import load_data
 from normlab.training.probe import unit_percentiles
 from normlab.training.setup import build_parts
 from normlab.training.state import create_state
@@ -28,12 +28,12 @@ def test_percentiles_are_those_of_the_units_input_over_the_whole_test_set(norm, 
     parts = parts_of(norm, eval__batch_size=batch_size)
     compiler = parallel.Compiler()
     variables = create_state(parts, compiler).variables()
-    data = load_on_devices(parts.config, parallel.make_mesh())
+    data = load_data(parts.config, parallel.make_mesh())
     test = data.evaluated["test"]
     got = unit_percentiles(parts.config, parts.model, parts.info, compiler, variables, test)
 
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
-    x = (np.asarray(test[0], np.float64) / 255 - parts.info.mean[0]) / parts.info.std[0]
+    x = (np.asarray(test.examples[0], np.float64) / 255 - parts.info.mean[0]) / parts.info.std[0]
     x = x.reshape(len(x), -1)
     divisor = np.sqrt(1 + 1e-5) if norm == "batch_norm" else 1.0
     hidden = 1 / (1 + np.exp(-(x @ params["dense1"]["kernel"]) / divisor))
@@ -57,7 +57,7 @@ def test_a_probe_of_nothing_is_refused(field, value, message):
 
 def test_binary_images_are_read_as_zeros_and_ones():
     parts = parts_of(data__binarize=True)
-    images, _ = load_on_devices(parts.config, parallel.make_mesh()).evaluated["test"]
+    images, _ = load_data(parts.config, parallel.make_mesh()).evaluated["test"].examples
     assert set(np.unique(images)) == {0, 255}
     assert (parts.info.mean, parts.info.std) == ((0.0,), (1.0,))
     # 127/255 is below one half and 128/255 above.

@@ -1,0 +1,102 @@
+"""`normlab data`: is a data set what it should be, how does a model see it, in another form."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from normlab.errors import UserError
+
+HELP = "verify data on disk, show samples as the model gets them, write a TFDS directory"
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the actions and their arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    info = actions.add_parser("info", help="facts, and a sheet of samples, augmentation included")
+    info.add_argument("--config", required=True, metavar="FILE.py[:choices]")
+    info.add_argument("--sheet", type=Path, metavar="FILE.png", help="the picture (NAME-sheet.png)")
+    info.add_argument("--classes", type=int, default=10, metavar="N", help="rows at most (10)")
+    info.add_argument("--samples", type=int, default=8, metavar="N", help="images of a class (8)")
+    verify = actions.add_parser("verify", help="name each file whose size or checksum is wrong")
+    prepare = actions.add_parser("prepare", help="write a directory of tensorflow-datasets")
+    for action in (verify, prepare):
+        action.add_argument("name", metavar="NAME", help="the data set, as `normlab list data`")
+        action.add_argument("--path", metavar="PATH", help="archive, folder of images or TFDS")
+        action.add_argument(
+            "--source", choices=("archive", "tfds", "folder"), help="what PATH is (by a look at it)"
+        )
+    prepare.add_argument("--to", required=True, type=Path, metavar="DIR", help="the TFDS directory")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the action; returns 0, or 2 if `verify` found a fault."""
+    if args.overrides and args.action != "info":
+        raise UserError(f"unknown argument '--config.{next(iter(args.overrides))}'")
+    return {"info": _info, "verify": _verify, "prepare": _prepare}[args.action](args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from normlab.data.verify import guess_source, verify
+
+    path = _path(args)
+    source = args.source or guess_source(args.name, path)
+    wrong = 0
+    for found in verify(args.name, source, path):
+        wrong += bool(found.fault)
+        facts = [] if found.size is None else [f"{found.size:,} bytes", f"MD5 {found.md5}"]
+        verdict = f"WRONG: {found.fault}" if found.fault else "ok"
+        print("  ".join([found.file, *facts, *filter(None, [verdict, found.note])]))
+    print(f"{args.name} ({source}): " + (f"{wrong} wrong" if wrong else "nothing is wrong"))
+    return UserError.exit_code if wrong else 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from normlab.data import archive, load
+    from normlab.data.prepare import target, write, write_by_catalogue
+    from normlab.data.verify import guess_source
+
+    by_folder = args.path is not None and guess_source(args.name, args.path) == "folder"
+    if args.name != "digits" and args.name not in archive.LAYOUTS and not by_folder:
+        folder = write_by_catalogue(args.name, Path(_path(args)), args.to)
+    else:
+        target(args.name, args.to)
+        folder = write(load(_data_config(args)), args.to)
+    print(f"{folder}")
+    print(f"read it with --config.data.source=tfds --config.data.path={args.to}")
+    return 0
+
+
+def _data_config(args: argparse.Namespace) -> Any:
+    """Returns `config.data` for the data set that the arguments name."""
+    from normlab.config import load_config
+    from normlab.data.verify import guess_source
+
+    data = load_config("configs/base.py").data
+    data.name, data.path = args.name, args.path
+    if args.name != "digits":
+        data.source = args.source or guess_source(args.name, _path(args))
+    return data
+
+
+def _info(args: argparse.Namespace) -> int:
+    from normlab.config import load_config
+    from normlab.training.sheet import draw_sheet, save_sheet
+
+    for name in ("classes", "samples"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be 1 or more")
+    config = load_config(args.config, args.overrides)
+    facts, sheet = draw_sheet(config, args.classes, args.samples)
+    path = args.sheet or Path(f"{config.data.name}-sheet.png")
+    save_sheet(sheet, path)
+    for name, value in facts.items():
+        print(f"{name:20} {value}")
+    print(path)
+    return 0
+
+
+def _path(args: argparse.Namespace) -> str:
+    if args.path is None:
+        raise UserError(f"'normlab data {args.action}' needs --path=PATH")
+    return args.path
