@@ -54,10 +54,9 @@ def _verify(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from normlab.data import archive, load
     from normlab.data.prepare import target, write, write_by_catalogue
-    from normlab.data.verify import guess_source
 
-    by_folder = args.path is not None and guess_source(args.name, args.path) == "folder"
-    if args.name != "digits" and args.name not in archive.LAYOUTS and not by_folder:
+    is_folder = args.path is not None and (Path(args.path) / "train").is_dir()
+    if args.name != "digits" and args.name not in archive.LAYOUTS and not is_folder:
         folder = write_by_catalogue(args.name, Path(_path(args)), args.to)
     else:
         target(args.name, args.to)

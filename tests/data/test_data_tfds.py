@@ -1,0 +1,160 @@
+"""Directories of tensorflow-datasets: written, read and verified without TensorFlow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from official import cifar, data_config, idx, write
+from PIL import Image
+
+from normlab.cli import main
+from normlab.data import Encoded, describe, load
+from normlab.data.prepare import write as prepare
+from normlab.data.verify import verify
+from normlab.errors import UserError
+
+pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def at(path: Path, name: str = "cifar10", source: str = "tfds", **fields):
+    return data_config(name=name, source=source, path=str(path), **fields)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """The miniature of CIFAR-10 in a TFDS directory, and its archive beside it."""
+    write(tmp_path / "cifar-10-batches-bin", cifar("cifar10", "binary"))
+    assert prepare(load(at(tmp_path, source="archive")), tmp_path) == tmp_path / "cifar10/3.0.2"
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_a_prepared_directory_holds_the_archives_examples_in_their_order(tmp_path, name):
+    files = cifar(name, "binary") if name == "cifar10" else idx(name)
+    write(tmp_path / {"cifar10": "cifar-10-batches-bin", "mnist": "mnist"}[name], files)
+    there = load(at(tmp_path, name, source="archive"))
+    prepare(there, tmp_path)
+    read = load(at(tmp_path, name))
+    for split in ("train", "test"):
+        a, b = getattr(read, split), getattr(there, split)
+        np.testing.assert_array_equal(a.images, b.images)
+        np.testing.assert_array_equal(a.labels, b.labels)
+    # So a run from the one goes on from the other.
+    assert read.fingerprint == there.fingerprint
+
+
+def test_tensorflow_datasets_reads_it_too_and_nothing_imports_tensorflow(prepared):
+    code = f"""
+import sys
+import tensorflow_datasets as tfds
+source = tfds.builder_from_directory({str(prepared / "cifar10/3.0.2")!r}).as_data_source("train")
+print(len(source), source[3]["image"].shape, source[3]["id"].decode())
+named = tfds.data_source("cifar10", data_dir={str(prepared)!r}, split="test", download=False)
+print(len(named), "tensorflow" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["10 (2, 4, 3) train_00003", "5 False"]
+
+
+def test_the_newest_version_is_read_wherever_the_path_points(prepared):
+    older = prepared / "cifar10/2.9.0"
+    older.mkdir()
+    (older / "dataset_info.json").write_text("{}")
+    for path in (prepared, prepared / "cifar10", prepared / "cifar10/3.0.2"):
+        assert len(load(at(path)).train) == 10
+    with pytest.raises(UserError, match=r"2\.9\.0/dataset_info\.json' is damaged: 'splits'$"):
+        load(at(older))
+
+
+def test_nothing_is_overwritten(prepared):
+    with pytest.raises(UserError, match=r"cifar10/3\.0\.2' is there already; move it away"):
+        prepare(load(at(prepared)), prepared)
+
+
+def test_images_of_any_size_keep_their_bytes(tmp_path):
+    draw = np.random.default_rng(0)
+    for i, shape in enumerate([(20, 30), (25, 16), (16, 16), (40, 30)]):
+        folder = tmp_path / ("train", "val")[i // 2] / "cat"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (*shape, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    source = load(at(tmp_path, "pets", "folder"))
+    assert prepare(source, tmp_path / "to") == tmp_path / "to/pets/1.0.0"
+    read = load(at(tmp_path / "to", "pets"))
+    assert isinstance(read.train, Encoded)
+    assert [read.train.read(i) for i in range(2)] == [source.train.read(i) for i in range(2)]
+    assert read.info == source.info
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"fileFormat": "tfrecord"}, "in the format 'tfrecord', which only TensorFlow reads"),
+        ({"name": "mnist"}, "holds 'mnist', not 'cifar10'"),
+        ({"splits": [{"name": "train", "shardLengths": ["10"]}]}, "it has train"),
+        ({"splits": []}, "it has none"),
+        ({"splits": 3}, "is damaged: "),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_refused_before_anything_else(prepared, damage, message):
+    path = prepared / "cifar10/3.0.2/dataset_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(UserError) as caught:
+        describe(at(prepared))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_holds_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no cifar10/VERSION/dataset_info\.json; see 'norm"):
+        describe(at(tmp_path))
+    with pytest.raises(UserError, match=r"does not exist"):
+        describe(at(tmp_path / "none"))
+
+
+def test_verify_names_the_shard(prepared):
+    assert [x.fault for x in verify("cifar10", "tfds", str(prepared))] == ["", ""]
+    shard = next((prepared / "cifar10/3.0.2").glob("cifar10-test*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    good, wrong = verify("cifar10", "tfds", str(prepared))
+    assert good.fault == ""
+    assert wrong.file == str(shard)
+    assert wrong.size == len(content) // 2
+    assert wrong.fault
+    with pytest.raises(UserError, match="cannot be read"):
+        load(at(prepared))
+    shard.unlink()
+    assert [x.fault for x in verify("cifar10", "tfds", str(prepared))] == ["", "missing"]
+
+
+def test_the_command_prepares_digits(tmp_path, capsys):
+    assert main(["data", "prepare", "digits", f"--to={tmp_path}"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "digits/1.0.0")
+    assert load(at(tmp_path, "digits")).fingerprint == load(data_config()).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["prepare", "cifar10"], "the following arguments are required: --to"),
+        (["prepare", "cifar10", "--to=x"], "'normlab data prepare' needs --path=PATH"),
+        (["prepare", "cifar10", "--to=x", "--path=/nowhere"], "'/nowhere' does not exist"),
+        (["prepare", "svhn_cropped", "--to=x", "--path=."], "needs TensorFlow: pip install"),
+        (["verify", "cifra10", "--path=x", "--source=archive"], "did you mean 'cifar10'?"),
+        (["verify", "mnist"], "'normlab data verify' needs --path=PATH"),
+        (["verify", "mnist", "--config.seed=1", "--path=x"], "unknown argument '--config.seed'"),
+        (["info", "--config=configs/digits.py", "--classes=0"], "--classes=0 must be 1 or more"),
+        (["infi"], "invalid choice: 'infi'"),
+    ],
+)
+def test_a_wrong_command_is_one_line(command, message, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["data", *command]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error

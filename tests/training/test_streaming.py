@@ -1,0 +1,182 @@
+"""Runs on images that are decoded batch by batch: exact, resumable, the same for every variant."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from normlab.config import load_config
+from normlab.data import random_part
+from normlab.training import checkpoint, parallel
+from normlab.training.examples import load_data
+from normlab.training.loop import train
+from normlab.training.restore import evaluate_run
+from normlab.training.setup import build_parts
+from normlab.training.sheet import draw_sheet, save_sheet
+from normlab.training.state import create_state
+
+FIELDS = {
+    "data.name": "squares",
+    "data.source": "folder",
+    "data.image_size": 8,
+    "data.random_resized_crop": True,
+    "data.flip": True,
+    "model.widths": (4, 8),
+    "model.strides": (2, 2),
+    "train.batch_size": 6,
+    "train.num_steps": 9,
+    "log.every_steps": 3,
+    "eval.every_steps": 5,
+    "checkpoint.every_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory) -> Path:
+    """Dark and light images, 10 + 3 of each."""
+    root, draw = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        for label, name in enumerate(("dark", "light")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                shape = (draw.integers(10, 20), draw.integers(10, 20), 3)
+                pixels = draw.integers(128 * label, 128 * label + 128, shape).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def config_of(squares: Path, norm: str = "batch_norm", **fields):
+    names = {name.replace("__", "."): value for name, value in fields.items()}
+    path = {"data.path": str(squares)}
+    return load_config(f"configs/digits.py:norm={norm}", FIELDS | path | names)
+
+
+def metrics(folder: Path) -> bytes:
+    return (folder / "metrics.jsonl").read_bytes()
+
+
+def final_bytes(folder: Path, config) -> list[bytes]:
+    state = create_state(build_parts(config), parallel.Compiler())
+    _, state, _ = checkpoint.latest(folder / "checkpoints", state, {})
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_a_run_cut_off_ends_with_the_bytes_of_one_that_was_not(squares, tmp_path):
+    config = config_of(squares)
+    result = train(config, tmp_path / "whole")
+    assert result["status"] == "done"
+
+    class Cut(Exception):
+        pass
+
+    def cut(step, _total, line):
+        if step == 6 and line:
+            raise Cut
+
+    with pytest.raises(Cut):
+        train(config, tmp_path / "cut", progress=cut)
+    assert train(config, tmp_path / "cut")["test_accuracy"] == result["test_accuracy"]
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert final_bytes(tmp_path / "cut", config) == final_bytes(tmp_path / "whole", config)
+
+
+def test_steps_in_one_dispatch_change_nothing_but_rounding(squares, tmp_path):
+    one = train(config_of(squares), tmp_path / "one")
+    three = train(config_of(squares, parallel__steps_per_dispatch=3), tmp_path / "three")
+    assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
+    assert three["steps"] == one["steps"] == 9
+
+
+def test_evaluation_covers_every_image_at_any_batch_size(squares, tmp_path):
+    train(config_of(squares), tmp_path / "run")
+    found = [evaluate_run(tmp_path / "run", batch_size=size) for size in (1, 4, 100)]
+    accuracies = {x["test_accuracy"] for x in found}
+    assert len(accuracies) == 1
+    assert (6 * accuracies.pop()) % 1 == pytest.approx(0, abs=1e-9)  # of 2 · 3 images
+
+
+def test_variants_that_share_a_seed_see_the_same_crops(squares):
+    """The parts are those of (seed, step, place), whatever the normalizer."""
+    mesh, indices = parallel.make_mesh(), np.arange(12, dtype=np.int32).reshape(2, 6)
+
+    def batches(norm, seed=0, first=0):
+        feed = load_data(config_of(squares, norm), mesh).train
+        return [np.asarray(data[0]) for data, _ in feed.steps(seed, first, indices, 1)]
+
+    a, b = batches("batch_norm"), batches("layer_norm")
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, batches("batch_norm", seed=1))
+    # Resumed: the second step's batch by itself is what it was behind the first.
+    feed = load_data(config_of(squares), mesh).train
+    [(data, rows)] = feed.steps(0, 1, indices[1:], 1)
+    np.testing.assert_array_equal(data[0], a[1])
+    assert rows.tolist() == [[0, 1, 2, 3, 4, 5]]
+    # By hand: place 2 of step 1 is training image 8.
+    path = squares / "train/dark/8.png"
+    with Image.open(path) as image:
+        box = random_part(0, 1, 2, (0.08, 1.0))(*image.size)
+        part = image.resize((8, 8), Image.Resampling.BILINEAR, box=box)
+    np.testing.assert_array_equal(a[1][2], np.asarray(part))
+
+
+def test_a_damaged_image_ends_the_run_with_its_name(squares, tmp_path):
+    import shutil
+
+    from normlab.errors import UserError
+
+    shutil.copytree(squares, tmp_path / "data")
+    (tmp_path / "data/train/dark/3.png").write_bytes(b"no image")
+    config = config_of(tmp_path / "data")
+    with pytest.raises(UserError, match=r"train/dark/3\.png' is in no format"):
+        train(config, tmp_path / "run")
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["status"] == "failed"
+    assert "3.png" in status["message"]
+
+
+# The sheet
+
+
+def test_a_sheet_has_a_row_a_class_and_says_what_the_data_are(squares, tmp_path):
+    facts, sheet = draw_sheet(config_of(squares), classes=10, samples=3)
+    assert facts["images"] == "20 train, 6 test"
+    assert facts["classes"] == "2: dark, light"
+    pixels = np.asarray(sheet)
+    # 8 pixels become 64 by whole numbers; two rows under 20 pixels of heading, 4 apart.
+    assert pixels.shape[0] == 20 + 2 * (64 + 4)
+    dark, light = pixels[20:84, 132 : 132 + 64], pixels[88:152, 132 : 132 + 64]
+    assert dark.max() <= 128 <= light.min() + 1
+    path = tmp_path / "sheet.png"
+    save_sheet(sheet, path)
+    save_sheet(sheet, path)  # its own sheet it may replace
+
+
+def test_a_picture_that_is_no_sheet_is_never_replaced(squares, tmp_path):
+    from normlab.errors import UserError
+
+    _, sheet = draw_sheet(config_of(squares), classes=1, samples=1)
+    for name, content in (("holiday.png", None), ("notes.txt", b"mine")):
+        path = tmp_path / name
+        if content is None:
+            Image.new("RGB", (2, 2)).save(path)
+        else:
+            path.write_bytes(content)
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=r"is there and is no sheet of samples"):
+            save_sheet(sheet, path)
+        assert path.read_bytes() == before
+
+
+def test_the_sheets_images_are_those_of_the_first_steps():
+    """Digits without augmentation: each image of a row is one of the class in the training set."""
+    config = load_config("configs/digits.py")
+    _, sheet = draw_sheet(config, classes=2, samples=2)
+    data = load_data(config, parallel.make_mesh())
+    images, labels = (np.asarray(x) for x in data.train.examples)
+    first = np.asarray(sheet)[20:84, 132 + 64 + 16 : 132 + 64 + 16 + 64 : 1]
+    small = first[::8, ::8, 0]
+    assert any(np.array_equal(small, image[..., 0]) for image in images[labels == 0])
