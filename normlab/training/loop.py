@@ -121,6 +121,7 @@ class _Run:
                     raise Interrupted(signals.received, self.step)
                 if "checkpoint" in arrived:
                     self._save()
+            signals.saved(self.step)
             return self._conclude()
 
     def _next_events(self) -> dict[str, int]:

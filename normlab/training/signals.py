@@ -24,6 +24,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._saved_at: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -35,9 +36,15 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def saved(self, step: int) -> None:
+        """From now on a signal raises Interrupted where it finds the run: all of it is saved."""
+        self._saved_at = step
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        if self._saved_at is not None:
+            raise Interrupted(number, self._saved_at)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -21,6 +21,7 @@ from normlab.training.evaluate import Evaluator
 from normlab.training.loop import train
 from normlab.training.restore import evaluate_run, restore
 from normlab.training.setup import build_parts, run_identity
+from normlab.training.signals import Interrupted
 from normlab.training.state import create_state
 
 SMALL = {
@@ -100,6 +101,23 @@ def test_a_finished_run_is_not_run_again(finished):
 
 
 # Resuming
+
+
+def test_a_signal_during_the_last_evaluation_ends_the_run_at_once(finished, tmp_path, monkeypatch):
+    folder, result = finished
+
+    def interrupted(self, *_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("the evaluation went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "all_ways", interrupted)
+        with pytest.raises(Interrupted, match=r"^stopped by SIGTERM at step 12; the same command"):
+            train(small(), tmp_path)
+    assert run.read_status(tmp_path) == "interrupted"
+    assert train(small(), tmp_path)["test_loss"] == result["test_loss"]
+    assert lines(tmp_path) == lines(folder)
 
 
 def test_a_run_cut_off_anywhere_ends_with_the_bytes_of_one_that_was_not(finished, tmp_path):
