@@ -36,6 +36,8 @@ STYLES = {
 }
 BAR = 12  # characters
 NAME = 28  # characters of a setting's or a folder's name, at most
+SHORTENED = ("run", "norm")  # columns that give way where there is no room
+SHORTEST = 5  # characters that they keep
 CURVE = 12  # points
 BLOCKS = "▁▂▃▄▅▆▇█"
 LINES_AROUND = 6  # of a terminal, for what stands around the runs
@@ -157,25 +159,26 @@ def _table(runs: Sequence["LiveRun"], now: float, width: int) -> Any:
     columns = {column: [Text() + column.cell(live, now) for live in runs] for column in COLUMNS}
     columns = {column: cells for column, cells in columns.items() if any(map(len, cells))}
 
-    def taken() -> int:
-        widest = [
-            min(max(cell.cell_len for cell in [Text(column.title), *cells]), NAME)
-            for column, cells in columns.items()
-        ]
-        return sum(widest) + GAP * (len(widest) - 1)
+    widths = {
+        column: min(max(cell.cell_len for cell in [Text(column.title), *cells]), NAME)
+        for column, cells in columns.items()
+    }
 
-    while (
-        taken() > width and (least := max(columns, key=lambda column: column.leave_out)).leave_out
-    ):
-        del columns[least]
+    def missing() -> int:
+        return sum(widths.values()) + GAP * (len(widths) - 1) - width
+
+    while missing() > 0 and (least := max(widths, key=lambda column: column.leave_out)).leave_out:
+        del widths[least], columns[least]
+    for column in [column for column in widths if column.title in SHORTENED]:
+        widths[column] -= min(max(missing(), 0), max(widths[column] - SHORTEST, 0))
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
-    for column in columns:
+    for column, columns_width in widths.items():
         table.add_column(
             column.title,
             justify=column.justify,
             no_wrap=True,
             overflow="ellipsis",
-            max_width=NAME,
+            width=columns_width,
         )
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
