@@ -82,6 +82,8 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
 
     config.log = ConfigDict()
     add_duration(config, "log.every", epochs=1.0)  # between lines of training metrics
+    config.log.tensorboard = True  # write the lines for TensorBoard, too: RUN/tensorboard/
+    config.log.wandb_project = optional(str)  # send them to this project of Weights & Biases, too
 
     config.checkpoint = ConfigDict()
     add_duration(config, "checkpoint.every", fraction=0.1)  # between checkpoints; and at the end

@@ -326,7 +326,8 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> ConfigDict:
     """Reloads a saved config over a fresh `get_config`, so that field types survive.
 
-    Raises UserError if the config's file is gone, or has other fields now.
+    A field that came later and is no part of the identity has its default. Raises UserError if the
+    config's file is gone, or has other fields now.
     """
     values = dict(data)
     version = values.pop("schema_version", None)
@@ -346,6 +347,7 @@ def from_json(data: Mapping[str, Any]) -> ConfigDict:
                 f"config.json has {name} = {saved[name]!r}, but {source!r} gives another"
             )
     missing = sorted(set(flatten(config)) - set(saved) - {"source"})
+    missing = [name for name in missing if name.partition(".")[0] not in _NOT_IDENTITY]
     if missing:
         raise UserError(f"config.json lacks the field {missing[0]!r} that {source!r} has now")
     for name in sorted(saved.keys() - kinds):

@@ -67,6 +67,7 @@ def make_plan(
     from normlab.config import flatten, layered, load_config
     from normlab.norms import NORMS
     from normlab.training.setup import build_parts, id_of
+    from normlab.training.sinks import check_sinks
 
     seeds = tuple(seeds)
     for fields in (overrides, *(point.fields for point in grid)):
@@ -96,6 +97,7 @@ def make_plan(
             config = load_config(text, chosen)
             if seed == seeds[0]:
                 build_parts(config)
+                check_sinks(config)
                 if point.tuned and not config.data.num_validation:
                     raise UserError(
                         f"{min(point.tuned)!r} is to be chosen on validation data, "

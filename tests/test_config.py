@@ -244,6 +244,15 @@ def test_a_config_of_another_schema_or_file_is_refused():
     assert "unknown config field 'train.fresh'" in error_of(from_json, extra)
 
 
+def test_a_saved_config_lacks_a_later_field_only_where_it_can_change_no_result():
+    config = load_config("configs/digits.py", {"log.tensorboard": False})
+    data = to_json(config)
+    del data["log"]["tensorboard"]
+    assert from_json(data).log.tensorboard is True
+    del data["train"]["ema_decay"]
+    assert "lacks the field 'train.ema_decay'" in error_of(from_json, data)
+
+
 def ids(*changes, norm="batch_norm", stateful=True, devices=1):
     source = f"configs/digits.py:norm={norm}"
     return [

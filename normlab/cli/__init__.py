@@ -24,6 +24,7 @@ COMMANDS = {
     "rerun": "rerun",
     "report": "report",
     "status": "status",
+    "watch": "watch",
     "inspect": "inspect",
     "data": "data",
     "list": "names",

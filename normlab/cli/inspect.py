@@ -70,7 +70,17 @@ def main(args: argparse.Namespace) -> int:
     norms = [(x.path, x.kind, "×".join(map(str, x.shape)), x.note) for x in layers]
     print()
     _print_table(("normalizer", "kind", "input", "note"), norms)
+    print()
+    _print_memory(parts)
     return 0
+
+
+def _print_memory(parts: Any) -> None:
+    from normlab.training.memory import LEFT_OUT, estimate
+
+    rows = [(what, f"{size / 2**20:9,.2f}") for what, size in estimate(parts).items()]
+    _print_table(("memory of a training step, a device", "      MiB"), rows)
+    print(LEFT_OUT)
 
 
 def _print_difference(there: Any, here: Any) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+RUN_ID = re.compile(r"\w[\w.-]*")
+"""A run's folder in a sweep's; nothing else, as it could point out of the sweep's folder."""
+
 
 def read_json(path: Path, notes: list[str], *, required: bool = True) -> dict[str, Any]:
     """Returns the object in a JSON file; {} and a note if there is none."""

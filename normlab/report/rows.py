@@ -15,6 +15,7 @@ from typing import Any
 from normlab.errors import UserError
 from normlab.report.claim import read_claim
 from normlab.report.files import (
+    RUN_ID,
     finite_result,
     flatten,
     integer,
@@ -31,7 +32,6 @@ from normlab.report.selection import choose
 _NOT_A_SETTING = re.compile(
     r"(schema_version|source|seed|norm\.kind|data\.path|(log|checkpoint|parallel)\..*)"
 )
-_RUN_ID = re.compile(r"\w[\w.-]*")
 
 
 def load(directory: Path, alive: Callable[[Path], bool] | None = None) -> Sweep:
@@ -85,7 +85,7 @@ def _planned(
             notes.append(f"sweep.json: run {number} is not an id with labels, left out")
             continue
         # An id is a folder's name; anything else could point out of the sweep's folder.
-        if not _RUN_ID.fullmatch(run_id):
+        if not RUN_ID.fullmatch(run_id):
             notes.append(f"sweep.json: run {number} has the id {one_line(run_id)!r}, left out")
             continue
         if run_id not in runs:

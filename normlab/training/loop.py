@@ -25,6 +25,7 @@ from normlab.training.probe import unit_percentiles
 from normlab.training.record import describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
 from normlab.training.signals import Interrupted, Signals
+from normlab.training.sinks import check_sinks, open_sinks
 from normlab.training.state import CULPRITS, Totals, TrainState, create_state
 from normlab.training.step import make_train_step
 
@@ -55,6 +56,7 @@ def train(
     """
     folder = Path(workdir)
     parts = build_parts(config)
+    check_sinks(config)
     run.open_folder(folder, run_identity(config))
     with run.locked(folder):
         finished = run.read_result(folder)
@@ -104,7 +106,8 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Trains to the end and returns the result, which stands in result.json then."""
-        with Signals() as signals:
+        opened = open_sinks(self.parts.config, self.folder, self.facts["run"], self.step)
+        with Signals() as signals, opened as self.send:
             while self.step < self.parts.length.num_steps and not self._diverged():
                 due = self._next_events()
                 event = min(due.values())
@@ -219,6 +222,7 @@ class _Run:
 
     def _log(self, line: Mapping[str, Any]) -> None:
         run.append_line(self.folder / "metrics.jsonl", line)
+        self.send(line)
         self._time()
         self._show(line)
 

@@ -66,6 +66,7 @@ def describe_run(
         "schema_version": 1,
         "id": id_of(parts.config),
         "seed": parts.config.seed,
+        "num_steps": parts.length.num_steps,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "overrides": [f"{name}={value}" for name, value in overrides.items()],
         **machine,

@@ -1,5 +1,6 @@
 """The train state: everything that a step reads and writes, and that a checkpoint holds."""
 
+import functools
 from typing import Any
 
 import jax
@@ -74,27 +75,29 @@ class TrainState(struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_state(parts: Parts, compiler: Compiler) -> TrainState:
-    """Returns the state at step 0.
+def initial_state(parts: Parts, seed: Array) -> TrainState:
+    """Returns the state at step 0; to be traced, so that it can be compiled or only measured.
 
     The initial value of a parameter depends on the seed and the parameter's path alone, so variants
     that share a seed share the values of the parameters they have in common.
     """
     images = jnp.zeros((2, *parts.info.image_shape), jnp.float32)
+    variables = parts.model.init(jax.random.key(seed), images, train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     with_ema = parts.config.train.ema_decay is not None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=parts.direction.init(params),
+        ema={"params": params, "batch_stats": batch_stats} if with_ema else None,
+        totals=Totals.zeros(),
+        health=Health.good(),
+    )
 
-    def create(seed: Array) -> TrainState:
-        variables = parts.model.init(jax.random.key(seed), images, train=False)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=parts.direction.init(params),
-            ema={"params": params, "batch_stats": batch_stats} if with_ema else None,
-            totals=Totals.zeros(),
-            health=Health.good(),
-        )
 
+def create_state(parts: Parts, compiler: Compiler) -> TrainState:
+    """Returns the state at step 0, computed."""
+    create = functools.partial(initial_state, parts)
     seed = seed_array(parts.config.seed)
     return compiler("init", create, seed)(seed)

@@ -26,6 +26,29 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
+def make_loss(model: nn.Module, label_smoothing: float = 0.0) -> Callable[..., tuple[Array, Any]]:
+    """Returns `loss(params, batch_stats, batch) -> (mean loss, (correct, batch_stats, sound))`.
+
+    `correct`: int32, examples classified correctly; `sound`: bool, the new statistics are finite.
+    """
+
+    def loss(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Any]:
+        images, labels = batch
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updated = model.apply(
+            variables, images, train=True, mutable=["batch_stats", "nonfinite"]
+        )
+        mean = jnp.mean(cross_entropy(logits, labels, label_smoothing))
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
+        new_stats = updated.get("batch_stats", {})
+        # A normalizer keeps its state from a statistic that is not finite, and says so.
+        kept = jax.tree.leaves(updated.get("nonfinite", {}))
+        sound = _all_finite(new_stats) & ~jnp.any(jnp.array(kept, bool))
+        return mean, (correct.astype(jnp.int32), new_stats, sound)
+
+    return loss
+
+
 def make_train_step(
     model: nn.Module,
     direction: optax.GradientTransformation,
@@ -42,23 +65,12 @@ def make_train_step(
     marked as diverged and no later step changes it, its count of steps included.
     """
 
-    def loss_function(params: Any, state: TrainState, batch: Batch) -> tuple[Array, Any]:
-        images, labels = batch
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = model.apply(
-            variables, images, train=True, mutable=["batch_stats", "nonfinite"]
-        )
-        loss = jnp.mean(cross_entropy(logits, labels, label_smoothing))
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
-        batch_stats = updated.get("batch_stats", {})
-        # A normalizer keeps its state from a statistic that is not finite, and says so.
-        kept = jax.tree.leaves(updated.get("nonfinite", {}))
-        sound = _all_finite(batch_stats) & ~jnp.any(jnp.array(kept, bool))
-        return loss, (correct.astype(jnp.int32), batch_stats, sound)
+    gradient_of = jax.value_and_grad(make_loss(model, label_smoothing), has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        gradient_of = jax.value_and_grad(loss_function, has_aux=True)
-        (loss, (correct, batch_stats, sound)), gradient = gradient_of(state.params, state, batch)
+        (loss, (correct, batch_stats, sound)), gradient = gradient_of(
+            state.params, state.batch_stats, batch
+        )
         gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
         rate = schedule(state.step)

@@ -1,6 +1,7 @@
 """The front door: commands as typed, and every mistake as one line with exit code 2."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,9 @@ def test_inspect_shows_fields_meanings_parameters_and_layers():
     assert "norm.num_groups" in finished.stdout
     assert "num_groups 32 does not divide 16 channels: 16 groups" in finished.stdout
     assert "40,551,040 multiply-accumulates an image; XLA counts " in finished.stdout
+    # 269,722 · 4 bytes / 2²⁰.
+    assert re.search(r"^memory of .* MiB\nparameters +1\.03\n", finished.stdout, re.MULTILINE)
+    assert "From shapes alone" in finished.stdout.splitlines()[-1]
 
 
 def test_inspect_shows_what_two_configs_differ_in():
@@ -221,6 +225,10 @@ CONFIG = "--config=configs/digits.py"
         (["eval", "/nowhere"], "not a run folder"),
         (["report", "/nowhere"], "does not exist"),
         (["status", "/nowhere"], "does not exist"),
+        (["watch", "/nowhere"], "does not exist"),
+        (["watch", "configs"], "folder 'configs' holds no run"),
+        (["watch", "configs", "--every=0"], "--every=0 must be seconds above 0"),
+        (["watch", "configs", "--once=1"], "--once"),
         (["inspect", "--config=configs/digit.py"], "did you mean 'configs/digits.py'?"),
         (["list", "normz"], "normz"),
     ],
