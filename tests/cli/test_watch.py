@@ -141,10 +141,11 @@ def test_durations(seconds, text):
 
 
 def on_a_terminal(*arguments):
-    """Starts the command on a terminal of 100 × 30; returns (process, the other end)."""
+    """Starts the command on a terminal of 200 × 30; returns (process, the other end)."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color"}
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 200, 0, 0))
+    # A width in the environment, as of a test runner, would come before the terminal's.
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
     process = subprocess.Popen(
         [*WATCH, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     )
@@ -204,7 +205,8 @@ def test_a_signal_leaves_at_once_with_the_cursor(number, tmp_path):
 
 def test_without_a_terminal_or_asked_for_once_it_prints_once(tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": [{"id": "x", "labels": {"norm": "none"}}]}')
-    ended = subprocess.run([*WATCH, tmp_path], capture_output=True, text=True, timeout=60)
+    wide = {**os.environ, "COLUMNS": "200"}
+    ended = subprocess.run([*WATCH, tmp_path], capture_output=True, text=True, env=wide)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.count("1 planned") == 1
     assert "\x1b" not in ended.stdout
