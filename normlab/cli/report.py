@@ -31,7 +31,6 @@ def main(args: argparse.Namespace) -> int:
         raise unknown("interval", args.interval, INTERVALS)
     sweep = report.load(args.directory)
     sweep = replace(sweep, interval=args.interval or sweep.interval)
-    paths = report.write(args.directory, sweep)
     report.show(sweep, sys.stdout)
-    report.show_paths(paths, sys.stdout)
+    report.show_paths(report.write(args.directory, sweep), sys.stdout)
     return 0

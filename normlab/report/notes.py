@@ -215,15 +215,16 @@ def _few_seeds(sweep: Sweep) -> list[str]:
     if sweep.interval != "bootstrap" or seeds >= _FEW:
         return []
     return [
-        f"Bootstrap intervals of fewer than {_FEW} seeds are too narrow: of those called "
-        f"{CONFIDENCE:.0%} this share covers the truth: {_coverage()}. The t interval does not "
-        "have this fault."
+        f"Bootstrap intervals of fewer than {_FEW} seeds are far too narrow: called "
+        f"{CONFIDENCE:.0%}, they cover the truth in {_coverage()}. The t interval does not have "
+        "this fault."
     ]
 
 
 def _coverage() -> str:
-    shares = (f"{share:.0%} with {n} seeds" for n, share in COVERAGE.items())
-    return f"{', '.join(shares)} (simulated, normal values)"
+    (n, share), *others = COVERAGE.items()
+    rest = ", ".join(f"{share:.0%} with {n}" for n, share in others)
+    return f"{share:.0%} of experiments with {n} seeds, {rest} (simulated, normal values)"
 
 
 def provenance(sweep: Sweep) -> dict[str, dict[str, int]]:
@@ -280,8 +281,8 @@ _READING = {
         f"Intervals are bias-corrected and accelerated bootstrap intervals (BCa, Efron 1987) of "
         f"{NUM_RESAMPLES:,} resamples, the same ones in every report. They suppose no normal "
         "distribution and stay within the values seen, which makes them too narrow for few seeds: "
-        f"of those called {CONFIDENCE:.0%}, {_coverage()} cover the truth. One seed has no "
-        "interval. How many seeds more it takes is the t test's count."
+        f"called {CONFIDENCE:.0%}, they cover the truth in {_coverage()}. One seed has no "
+        "interval. How many more seeds it takes is the t test's count."
     ),
 }
 

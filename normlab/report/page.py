@@ -202,7 +202,7 @@ def _table(
 
     `under` is small print under each column's name. Of two columns of names the first becomes a
     heading over its rows, so that the second stays in sight on a phone. A `sortable` table has that
-    first column too, not shown until the script has sorted the rows away from their headings.
+    column as well, not shown until the script has sorted the rows away from their headings.
     """
     grouped = table.num_names == 2
     columns = table.columns[grouped:]
@@ -212,14 +212,15 @@ def _table(
         for index in range(grouped, len(table.columns))
     ]
     classes = f"{name} grouped" if sortable else name
-    head = "".join(
+    heads = [
         f'<th scope="col"{kind}>{escape(column)}'
         + "".join(f'<span class="override">{escape(line)}</span>' for line in lines)
         + "</th>"
         for column, kind, lines in zip(columns, kinds, under, strict=True)
-    )
+    ]
     if sortable:
-        head += f'<th scope="col" class="words heading">{escape(table.columns[0])}</th>'
+        heads.insert(1, f'<th scope="col" class="words heading">{escape(table.columns[0])}</th>')
+    head = "".join(heads)
     body = []
     heading = None
     for row in table.rows:
@@ -230,11 +231,10 @@ def _table(
                 f"<span>{escape(heading.text)}</span></th></tr>"
             )
         first, *rest = row[grouped:]
-        cells = "".join(
+        cells = f'<td class="words heading">{_cell(row[0])}</td>' if sortable else ""
+        cells += "".join(
             f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True)
         )
-        if sortable:
-            cells += f'<td class="words heading">{_cell(row[0])}</td>'
         body.append(f'<tr><th scope="row" class="words">{_cell(first)}</th>{cells}</tr>')
     rows = "\n".join(body)
     return (

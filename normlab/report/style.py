@@ -94,7 +94,7 @@ th{font-weight:600}
 .words{text-align:left}
 .runs td:last-child{white-space:normal;min-width:14rem}
 .grouped .heading{display:none}
-thead button{all:unset;cursor:pointer;display:inline-block}
+thead button{all:unset;cursor:pointer;padding:.5rem 0;margin:-.5rem 0}
 thead button::after{content:"\\2195";margin-left:.3em;opacity:.55}
 [aria-sort=ascending] button::after{content:"\\2191";opacity:1}
 [aria-sort=descending] button::after{content:"\\2193";opacity:1}
