@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 
-INTERVALS = {"t": "t interval", "bootstrap": "bootstrap interval (BCa)"}
+INTERVALS = {"t": "t interval", "bootstrap": "BCa bootstrap interval"}
 """The kinds of interval, and what the report calls them; the first is the default."""
 
 

@@ -1,10 +1,9 @@
-"""The page: escaping, bytes, curves, colours; and, where Chromium is, what a reader sees."""
+"""The page: escaping, bytes, curves, colours. What a browser shows: test_report_browser.py."""
 
 import html as html_module
 import json
 import re
 import shutil
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,39 +16,10 @@ from normlab.report.page import html
 from normlab.report.script import SCRIPT
 from normlab.report.style import DARK, LIGHT, NUM_SERIES, series
 
-ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 ONE = {"settings": {"base": {}}, "norms": ("batch_norm",)}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture
-def attacked(make_sweep, tmp_path):
-    """A sweep in which every text that a report shows is an attack."""
-    make_sweep(
-        tmp_path,
-        settings={ATTACK: {ATTACK: ATTACK}},
-        norms=(ATTACK,),
-        run=lambda setting, norm, seed: (
-            {
-                "message": ATTACK,
-                "state": ("done", "failed", "diverged")[seed],
-                "manifest": {
-                    "git_commit": ATTACK,
-                    "devices": [ATTACK],
-                    "versions": {ATTACK: ATTACK + str(seed)},
-                },
-                "overrides": {"data.name": ATTACK, "model.kind": ATTACK},
-            }
-            | ({"overrides": {"data.name": ATTACK}} if seed else {})
-        ),
-    )
-    plan = json.loads((tmp_path / "sweep.json").read_text())
-    plan |= {"command": ATTACK, "config": ATTACK}
-    (tmp_path / "sweep.json").write_text(json.dumps(plan))
-    return tmp_path
-
-
-def test_every_name_is_escaped(attacked):
+def test_every_name_is_escaped(attacked, attack):
     paths = write(attacked)
     page = paths.html.read_text()
     assert page.count(html_module.escape("<script>alert(1)</script>")) > 10
@@ -59,7 +29,7 @@ def test_every_name_is_escaped(attacked):
     assert page.lower().count("<script") == 1
     assert "<img" not in page
     assert not re.search(r"<[^>]*\sonerror", page)
-    text = paths.markdown.read_text().replace(f"    {ATTACK}\n", "")  # the command, shown as code
+    text = paths.markdown.read_text().replace(f"    {attack}\n", "")  # the command, shown as code
     assert "<script" not in text
     assert "<img" not in text
 
@@ -217,83 +187,6 @@ def test_colours_stand_out(palette):
 
 def test_the_measure_of_contrast():
     assert _contrast("#ffffff", "#000000") == pytest.approx(21)
-
-
-# A frame of a phone's width around the page; it writes down what a reader would notice.
-_PROBE = """<!doctype html><meta charset="utf-8"><iframe id="frame" style="border:0"></iframe>
-<pre id="seen"></pre><script>
-const frame = document.getElementById("frame");
-frame.width = WIDTH; frame.height = 800;
-frame.onload = () => {
-  const page = frame.contentDocument;
-  const tables = [...page.querySelectorAll(".scroll")];
-  document.getElementById("seen").textContent = JSON.stringify({
-    width: page.documentElement.scrollWidth,
-    title: page.title,
-    scripts: page.scripts.length,
-    images: page.images.length,
-    widest_table: Math.max(...tables.map(box => box.scrollWidth)),
-    widest_box: Math.max(...tables.map(box => box.clientWidth)),
-    figures: [...page.querySelectorAll("figure svg")].map(svg => svg.clientWidth),
-    background: getComputedStyle(page.body).backgroundColor,
-    line: getComputedStyle(page.querySelector(".legend svg path[clip-path]")).stroke,
-    cells: page.querySelectorAll(".headline tbody td").length,
-  });
-};
-frame.srcdoc = PAGE;
-</script>"""
-
-
-def _look(page: str, folder: Path, width: int, dark: bool) -> dict:
-    """Returns what a reader sees of the page in a frame `width` px wide."""
-    source = json.dumps(page).replace("</", "<\\/")
-    probe = folder / "probe.html"
-    probe.write_text(_PROBE.replace("WIDTH", str(width)).replace("PAGE", source))
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", f"--user-data-dir={folder / 'profile'}", "--window-size=1300,900"),
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        *("--virtual-time-budget=5000", "--dump-dom", probe.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, flags=re.DOTALL)
-    assert seen, done.stderr
-    return json.loads(html_module.unescape(seen[1]))
-
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-
-
-@needs_chromium
-@pytest.mark.slow
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_page(make_sweep, tmp_path, width, dark):
-    page = html(load(make_sweep(tmp_path / "sweep")))
-    seen = _look(page, tmp_path, width, dark)
-    assert seen["title"] == "Normalizers on digits (cnn)"
-    assert seen["cells"] == 18
-    # Wide tables scroll in their own box; the page itself never does.
-    assert seen["width"] <= width
-    assert seen["widest_box"] <= width
-    if width == 390:
-        assert seen["widest_table"] > width
-    assert len(seen["figures"]) == 3
-    assert min(seen["figures"]) > 300
-    background = [int(part) for part in re.findall(r"\d+", seen["background"])][:3]
-    assert max(background) < 60 if dark else min(background) > 200
-    colour = (DARK if dark else LIGHT)[series(0)]
-    rgb = ", ".join(str(int(colour[place : place + 2], 16)) for place in (1, 3, 5))
-    assert seen["line"] == f"rgb({rgb})"
-
-
-@needs_chromium
-@pytest.mark.slow
-def test_a_browser_finds_no_script_in_names(attacked):
-    seen = _look(html(load(attacked)), attacked, 390, False)
-    assert (seen["scripts"], seen["images"]) == (1, 0)  # the one that sorts
-    assert seen["width"] <= 390
 
 
 def test_error_against_a_swept_field_has_a_panel_and_a_word_has_none(make_sweep, tmp_path):
