@@ -113,6 +113,8 @@ def _planned(
             ),
         )
     rows = tuple(cells.values())
+    if not rows:
+        raise UserError(f"{str(directory)!r} plans no run: {notes[0]}")
     strays = sorted({path.parent.name for path in directory.glob("*/config.json")} - runs.keys())
     if strays:
         one = len(strays) == 1
