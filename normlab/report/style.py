@@ -138,6 +138,7 @@ svg text{font-family:inherit!important}
  main{padding:1.3rem .9rem 3rem}
  h1{font-size:1.4rem}
  th,td{padding:.45rem .6rem}
+ th.words:first-child{white-space:normal;max-width:11rem;overflow-wrap:break-word}
  figure{padding:.6rem .4rem .3rem}
  .headline .value{font-size:1rem}
 }

@@ -164,7 +164,7 @@ def test_an_experiments_interval_is_that_of_table_differences_and_verdict(experi
     assert "±" not in text.replace("Mean ± ", "")
 
 
-def test_few_seeds_are_warned_of_and_ten_are_not(experiment):
+def test_few_seeds_are_warned_of(experiment):
     [note] = [note for note in warnings(experiment("bootstrap")) if "Bootstrap" in note]
     assert "fewer than 10 seeds are far too narrow" in note
     assert "73% of experiments with 3 seeds, 84% with 5, 90% with 10, 93% with 20" in note
