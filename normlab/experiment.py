@@ -16,6 +16,7 @@ from typing import Any
 from normlab.errors import UserError, nearest, unknown
 from normlab.grid import Grid, grid, settings, tune
 from normlab.report.row import Row, Sweep
+from normlab.report.statistics import INTERVALS
 from normlab.report.verdict import Hypothesis, Verdict, above, all_of, close
 
 __all__ = [
@@ -93,6 +94,7 @@ class Experiment:
     sweep: Grid
     seeds: int
     verdict: VerdictFunction
+    interval: str = "t"  # of means and differences, verdict included: one of INTERVALS
 
     @property
     def published(self) -> tuple[Published, ...]:
@@ -121,6 +123,7 @@ class Experiment:
             "name": name,
             "scale": scale,
             "claim": self.at(scale).claim,
+            "interval": self.interval,
             "published": [
                 {
                     "metric": table.metric,
@@ -194,7 +197,11 @@ def experiment_files() -> list[Path]:
 
 
 def _check(path: str, experiment: Experiment) -> None:
-    """Raises UserError for a published number that no run could stand beside."""
+    """Raises UserError for an unknown interval, and a number that no run could stand beside."""
+    if experiment.interval not in INTERVALS:
+        raise UserError(
+            f"experiment {path!r}: {unknown('interval', str(experiment.interval), INTERVALS)}"
+        )
     sweeps = [experiment.at(scale).sweep or experiment.sweep for scale in experiment.scales]
     norms = {point.fields.get("norm") for points in sweeps for point in points} - {None}
     for table in experiment.published:

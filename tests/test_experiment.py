@@ -25,6 +25,7 @@ EXPERIMENT = Experiment(
     sweep={sweep},
     seeds=2,
     verdict={verdict},
+    interval={interval},
 )
 """
 SMALL = {
@@ -42,10 +43,13 @@ def write(tmp_path):
         fields=SMALL,
         sweep="grid({'norm': ['none', 'layer_norm']})",
         verdict="all_of(above('layer_norm', 'none'))",
+        interval="'t'",
     ):
         path = tmp_path / "an_experiment.py"
         path.write_text(
-            textwrap.dedent(SOURCE).format(rows=rows, fields=fields, sweep=sweep, verdict=verdict)
+            textwrap.dedent(SOURCE).format(
+                rows=rows, fields=fields, sweep=sweep, verdict=verdict, interval=interval
+            )
         )
         return str(path)
 
@@ -94,6 +98,8 @@ def test_an_experiment_is_found_by_its_name_or_its_file(write):
         ({"rows": "{'none': {32: 98.0}}"}, "published row 'none' has 32, which no sweep has"),
         ({"rows": "{'none': 980.0}"}, "published 980.0 of 'none' is no percentage"),
         ({"sweep": "grid({'norm': []})"}, "a grid gives 'norm' no value"),
+        ({"interval": "'bootstrp'"}, "unknown interval 'bootstrp'; did you mean 'bootstrap'"),
+        ({"interval": "95"}, "unknown interval '95'; one of t, bootstrap"),
         ({"sweep": "nothing"}, "does not load: name 'nothing' is not defined"),
         ({"sweep": "grid({'norm': ['none']}"}, "does not load"),
     ],
@@ -140,6 +146,20 @@ def test_a_verdict_that_raises_is_told_after_the_runs_are_done(write, tmp_path, 
     assert main(["sweep", write(verdict="lambda sweep: 1 / 0"), f"--workdir={folder}"]) == 0
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
     assert "No verdict." in (folder / "report.md").read_text()
+
+
+def test_the_declared_interval_is_that_of_verdict_and_report(write, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert main(["sweep", write(interval="'bootstrap'"), f"--workdir={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert "95% BCa bootstrap interval" in out
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert verdict["interval"] == "bootstrap"
+    assert "two-sided BCa bootstrap intervals" in verdict["test"]
+    # Declared anew with the other kind, the same runs are judged by it.
+    assert main(["sweep", write(), f"--workdir={folder}"]) == 0
+    assert json.loads((folder / "verdict.json").read_text())["interval"] == "t"
+    assert "two-sided t intervals" in (folder / "report.md").read_text()
 
 
 def test_another_experiments_folder_is_refused(write, tmp_path, capsys):

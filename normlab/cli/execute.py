@@ -52,8 +52,7 @@ def execute(
         results = report.load(folder)
         paths = report.write(folder, results)
     report.show(results, sys.stdout)
-    for path in paths:
-        print(path)
+    report.show_paths(paths, sys.stdout)
     bad = {run_id: state for run_id, state in states.items() if state not in ("done", "diverged")}
     for run_id, state in bad.items():
         print(f"normlab: run {run_id} {state}; see {folder / run_id / 'log.txt'}", file=sys.stderr)

@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     if code == 0:
         sweep = report.load(folder_of(name, args))
         for path in results.publish(sweep, kept / f"{name}-{args.scale}"):
-            print(path)
+            if path.suffix not in (".svg", ".pdf"):
+                print(path)
     return code
 
 

@@ -12,12 +12,13 @@ from normlab.errors import MachineFault
 from normlab.report.row import Row, Sweep
 from normlab.report.rows import load
 
-__all__ = ["Paths", "Row", "Sweep", "load", "show", "write"]
+__all__ = ["Paths", "Row", "Sweep", "load", "show", "show_paths", "write"]
 
 
 class Paths(NamedTuple):
-    """The files that `write` made."""
+    """What `write` made; no folder of figures where there is nothing to draw."""
 
+    figures: Path | None
     latex: Path
     html: Path
     markdown: Path
@@ -25,11 +26,12 @@ class Paths(NamedTuple):
 
 
 def write(directory: Path, sweep: Sweep | None = None) -> Paths:
-    """Writes report.tex, .html, .md and .csv into `directory`, each whole or not at all.
+    """Writes figures/ and report.tex, .html, .md, .csv into `directory`, each whole or not at all.
 
     `sweep` is what `load(directory)` gave, if the caller has it already. Raises UserError if there
     is nothing to report on, MachineFault if a file cannot be written.
     """
+    from normlab.report import figures, plots
     from normlab.report.document import markdown
     from normlab.report.drawing import csv_text, latex_table
     from normlab.report.page import html
@@ -38,19 +40,32 @@ def write(directory: Path, sweep: Sweep | None = None) -> Paths:
 
     directory = Path(directory)
     sweep = sweep or load(directory)
-    paths = Paths(*(directory / f"report.{suffix}" for suffix in ("tex", "html", "md", "csv")))
-
-    def latex(sweep: Sweep) -> str:
-        return latex_table(headline(sweep))
-
-    for path, make in zip(paths, (latex, html, markdown, csv_text), strict=True):
-        text = make(sweep)
-        try:
+    drawn = plots.figures(sweep)
+    folder = directory / figures.FOLDER
+    texts = {
+        "report.tex": latex_table(headline(sweep)),
+        "report.html": html(sweep, drawn),
+        "report.md": markdown(sweep, drawn, f"{figures.FOLDER}/"),
+        "report.csv": csv_text(sweep),
+    }
+    path = folder
+    try:
+        written = figures.write(drawn.panels(), folder)
+        for name, text in texts.items():
+            path = directory / name
             write_text(path, text)
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise MachineFault(f"{str(path)!r} cannot be written: {reason}") from error
-    return paths
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise MachineFault(f"{str(path)!r} cannot be written: {reason}") from error
+    return Paths(folder if written else None, *(directory / name for name in texts))
+
+
+def show_paths(paths: Paths, stream: TextIO) -> None:
+    """Prints what was written, a line each; of the figures their folder."""
+    from normlab.report import drawing
+
+    for path in filter(None, paths):
+        drawing.say(f"{path}/" if path == paths.figures else str(path), stream)
 
 
 def show(sweep: Sweep, stream: TextIO) -> None:
@@ -61,7 +76,7 @@ def show(sweep: Sweep, stream: TextIO) -> None:
     if sweep.claim is not None:
         drawing.say(f"Claim: {sweep.claim.text}", stream)
     drawing.show(tables.headline(sweep), stream)
-    drawing.say(notes.HEADLINE, stream)
+    drawing.say(notes.headline(sweep), stream)
     claim = [] if sweep.claim is None else [*sweep.claim.sentences, notes.verdict(sweep)]
     for sentence in [
         *notes.footnotes(sweep),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.report.files import number, one_line, read_json
+from normlab.report.statistics import INTERVALS
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Claim:
     sentences: tuple[str, ...]
     test: str
     rows: str  # digest of the rows that the verdict rests on
+    judged_by: str = "t"  # the interval that the verdict rests on, one of statistics.INTERVALS
 
 
 def read_claim(plan: Mapping[str, Any], directory: Path, notes: list[str]) -> Claim | None:
@@ -72,7 +74,18 @@ def read_claim(plan: Mapping[str, Any], directory: Path, notes: list[str]) -> Cl
         sentences=tuple(map(one_line, sentences)) if isinstance(sentences, list) else (),
         test=one_line(found.get("test") or ""),
         rows=one_line(found.get("rows") or ""),
+        judged_by=one_line(found.get("interval") or "t"),
     )
+
+
+def read_interval(plan: Mapping[str, Any], notes: list[str]) -> str:
+    """Returns the interval that an experiment's declaration asks for; t if it is none's."""
+    facts = plan.get("experiment")
+    asked = facts.get("interval", "t") if isinstance(facts, dict) else "t"
+    if asked in tuple(INTERVALS):
+        return asked
+    notes.append(f"sweep.json: no such interval as {one_line(asked)!r}, t is used")
+    return "t"
 
 
 def _table(table: Mapping[str, Any]) -> PublishedTable:

@@ -18,7 +18,7 @@ def differences(sweep: Sweep) -> Table:
     return Table(
         columns=("setting", "normalizer", "difference (points)", "seeds", "verdict"),
         rows=tuple(
-            (Cell(setting), Cell(norm), *_cells(runs, base, len(compared)))
+            (Cell(setting), Cell(norm), *_cells(runs, base, len(compared), sweep.interval))
             for setting, norm, runs, base in compared
         ),
         num_names=2,
@@ -57,12 +57,13 @@ def compare(
     runs: Sequence[Row],
     base: Sequence[Row],
     comparisons: int,
+    interval: str,
     measure: Callable[[Row], float | None] = accuracy_in_points,
 ) -> tuple[Difference, tuple[str, ...]]:
     """Returns the paired difference runs − base of a measure, and which seeds do not pair and why.
 
     Runs pair by seed if they ended with a measurement and the hashes of what they should share
-    agree.
+    agree. `interval` is one of statistics.INTERVALS.
     """
     reasons = {a.seed: unpaired(a, b) for a in runs for b in base if a.seed == b.seed}
     marks = tuple(f"seed {seed} not paired: {why}" for seed, why in reasons.items() if why)
@@ -75,15 +76,17 @@ def compare(
         }
         for group in (runs, base)
     )
-    return paired_difference(ours, theirs, comparisons), marks
+    return paired_difference(ours, theirs, comparisons, interval), marks
 
 
-def _cells(runs: Sequence[Row], base: Sequence[Row], comparisons: int) -> tuple[Cell, ...]:
-    difference, marks = compare(runs, base, comparisons)
+def _cells(
+    runs: Sequence[Row], base: Sequence[Row], comparisons: int, interval: str
+) -> tuple[Cell, ...]:
+    difference, marks = compare(runs, base, comparisons, interval)
     dagger = DAGGER if all(row.shared_with for row in runs) else ""
     if difference.mean is None:
         return Cell(detail=dagger, marks=marks), Cell("0"), Cell("no pair")
-    spread = "" if difference.half_width is None else f"{difference.half_width:.2f}"
+    spread = "" if difference.interval is None else difference.interval.text(2)
     value = Cell(f"{difference.mean:+.2f}", spread, dagger, marks, strong=difference.decided)
     verdict = Cell(_verdict(difference), strong=difference.decided)
     return value, Cell(str(difference.n)), verdict

@@ -5,14 +5,17 @@ from collections.abc import Iterable
 from normlab.report import notes, tables
 from normlab.report.differences import baseline_of, differences
 from normlab.report.drawing import escape_markdown, markdown_table
+from normlab.report.plots import Figures
 from normlab.report.published import beside
 from normlab.report.row import Sweep
 
 
-def markdown(sweep: Sweep, links: bool = True) -> str:
-    """Returns the page's tables and sentences; its curves are in report.html alone.
+def markdown(
+    sweep: Sweep, drawn: Figures | None = None, folder: str = "", links: bool = True
+) -> str:
+    """Returns the page's tables and sentences, and links to figures drawn into `folder` beside it.
 
-    `links`: runs are linked to their folders beside it.
+    Of the learning curves those against steps are shown. `links`: runs are linked to their folders.
     """
     first, *rest = notes.summary(sweep)
     warnings = notes.warnings(sweep)
@@ -32,12 +35,13 @@ def markdown(sweep: Sweep, links: bool = True) -> str:
         "## Caveats" if warnings else "",
         _list(warnings),
         "## Test accuracy",
-        escape_markdown(notes.HEADLINE),
+        escape_markdown(notes.headline(sweep)),
         markdown_table(tables.headline(sweep)),
         _list(settings),
         *(["Chosen on the validation split:", _list(chosen)] if chosen else []),
         *_published(sweep),
         *_differences(sweep),
+        *(_figures(sweep, drawn, folder) if drawn else []),
         "## Evaluations and cost",
         escape_markdown(notes.COSTS),
         markdown_table(tables.costs(sweep)),
@@ -66,6 +70,17 @@ def _claim(sweep: Sweep) -> list[str]:
     ]
 
 
+def _figures(sweep: Sweep, drawn: Figures, folder: str) -> list[str]:
+    curves = drawn.curves.get("steps", {})
+    shown = [*curves.values(), *drawn.swept.values(), *drawn.percentiles.values()]
+    parts = [
+        f"{escape_markdown(panel.title)}:\n\n![{panel.name}]({folder}{panel.name}.svg)"
+        for panel in shown
+    ]
+    caption = [escape_markdown(notes.curves(sweep))] if curves else []
+    return ["## Figures", *caption, *parts] if parts else []
+
+
 def _published(sweep: Sweep) -> list[str]:
     parts = []
     for table in sweep.claim.published if sweep.claim else ():
@@ -80,7 +95,7 @@ def _differences(sweep: Sweep) -> list[str]:
     table = differences(sweep)
     if not table.rows:
         return []
-    caption = notes.differences(baseline_of(sweep), len(table.rows))
+    caption = notes.differences(sweep, baseline_of(sweep), len(table.rows))
     return ["## Paired differences", escape_markdown(caption), markdown_table(table)]
 
 

@@ -35,10 +35,9 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
     probe: dict[str, dict[int, float]] = {}
     passed_over: dict[int, float] = {}
     unreadable = []
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        event = _parse(line)
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    events = _parse_lines([line for _, line in numbered])
+    for (line_number, _), event in zip(numbered, events, strict=True):
         if not isinstance(event, dict):
             unreadable.append(line_number)
             continue
@@ -62,6 +61,31 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
     if count:
         notes.append(f"{count:.0f} steps passed over because something was not finite")
     return _by_step(points), {name: _by_step(values) for name, values in probe.items()}
+
+
+def read_seconds(path: Path, curve: Curve) -> tuple[float, ...]:
+    """Returns the training seconds of timing.jsonl at each point of a curve.
+
+    () if the file does not tell them all, or if they run backwards. The lines of a step say the
+    same, so one is read of each; the first, as the last may be cut off.
+    """
+    if not curve:
+        return ()
+    lines = (_read(path, [], required=False) or b"").split(b"\n")
+    of_step = {line.partition(b",")[0]: line for line in reversed(lines) if line.strip()}
+    events = [event for event in _parse_lines([*of_step.values()]) if isinstance(event, dict)]
+    told = {integer(event.get("step")): number(event.get("train_seconds")) for event in events}
+    seconds = [told.get(step) for step, _ in curve]
+    found = [value for value in seconds if value is not None and value >= 0]
+    return tuple(found) if len(found) == len(curve) and found == sorted(found) else ()
+
+
+def _parse_lines(lines: list[bytes]) -> list[Any]:
+    """Returns the JSON value of each line, None for one that is not JSON."""
+    values = _parse(b"[%s]" % b",".join(lines))  # all at once takes half the time
+    if isinstance(values, list) and len(values) == len(lines):
+        return values
+    return [_parse(line) for line in lines]
 
 
 def _by_step(points: dict[int, float]) -> Curve:

@@ -4,19 +4,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from normlab.report.axis import AXES, axes_of, left_out
+from normlab.report.bootstrap import COVERAGE, NUM_RESAMPLES
 from normlab.report.claim import PublishedTable
 from normlab.report.files import flatten, one_line, plain_text
 from normlab.report.row import MEASURED, Sweep, digest
-from normlab.report.statistics import CONFIDENCE
+from normlab.report.statistics import CONFIDENCE, INTERVALS
 from normlab.report.tables import DAGGER, NOTHING, count_states
 
-HEADLINE = (
-    "Percent; mean over seeds ± half-width of the 95% t interval; n seeds; running statistics."
-)
 DIFFERENCES = (
     "Test accuracy minus that of {baseline}, in points, seed by seed: two runs of a seed share "
-    "data order, augmentation and the initial values of common parameters. Mean ± half-width of "
-    "the t interval at {level}. Bold: the interval excludes zero. Otherwise: how many more seeds "
+    "data order, augmentation and the initial values of common parameters. Mean {interval} at "
+    "{level}. Bold: the interval excludes zero. Otherwise: how many more seeds "
     "give an 80% chance of it, should difference and spread be as seen; from few seeds, a rough "
     "guess."
 )
@@ -25,19 +24,65 @@ COSTS = (
     "times are medians over runs."
 )
 SWEPT = (
-    "Test error in percent, running statistics: mean over seeds and 95% t interval; lines and "
+    "Test error in percent, running statistics: mean over seeds and {interval}; lines and "
     "markers as above."
 )
+CURVES = (
+    "Line: mean over seeds; band: lowest to highest seed. Line and band end where the first seed "
+    "ends; the seeds that go on are drawn thin. × ends a diverged seed. Panels share one vertical "
+    "scale; reaching high accuracies, it is stretched towards 100%, so that equal distances are "
+    "equal ratios of the error."
+)
+SECONDS = (
+    "Seconds are those of training alone, without compilation and evaluation, each step's mean "
+    "over seeds, on the machine and under the load of that time: only a rough comparison."
+)
+_FEW = 10  # seeds, below which a bootstrap interval is far too narrow
 _MOST = 12  # items of one kind that are listed; the rest is counted
 
 
-def differences(baseline: str, comparisons: int) -> str:
+def headline(sweep: Sweep) -> str:
+    """Returns what a cell of the table shows."""
+    return f"Percent; mean over seeds {_interval(sweep)}; n seeds; running statistics."
+
+
+def curves(sweep: Sweep) -> str:
+    """Returns what the learning curves show, and which runs some of them leave out."""
+    axes = axes_of(sweep)
+    *others, last = ("optimizer steps" if axis == "steps" else AXES[axis] for axis in axes)
+    parts = [f"Test accuracy against {', '.join(others)}{' or ' if others else ''}{last}.", CURVES]
+    parts += [SECONDS] if "seconds" in axes else []
+    for axis in axes:
+        missing = left_out(sweep, axis)
+        if missing:
+            parts.append(
+                f"{missing} of {_count(len(sweep.runs()), 'run')} cannot be drawn against "
+                f"{axis}: their {_SAID_IN[axis]} does not say it."
+            )
+    return " ".join(parts)
+
+
+_SAID_IN = {"steps": "metrics.jsonl", "epochs": "manifest.json", "seconds": "timing.jsonl"}
+
+
+def swept(sweep: Sweep) -> str:
+    """Returns what the panels of error against a swept field show."""
+    return SWEPT.format(interval=f"{CONFIDENCE:.0%} {INTERVALS[sweep.interval]}")
+
+
+def _interval(sweep: Sweep, level: str = f"{CONFIDENCE:.0%} ") -> str:
+    """Returns how an interval is written and what it is."""
+    name = f"{level}{INTERVALS[sweep.interval]}"
+    return f"± half-width of the {name}" if sweep.interval == "t" else f"[{name}]"
+
+
+def differences(sweep: Sweep, baseline: str, comparisons: int) -> str:
     """Returns what the table of paired differences shows."""
     level = f"{CONFIDENCE:.0%}"
     if comparisons > 1:
         each = 1 - (1 - CONFIDENCE) / comparisons
         level = f"{each:.2%}, so that {level} holds for all {comparisons} together (Bonferroni)"
-    return DIFFERENCES.format(baseline=baseline, level=level)
+    return DIFFERENCES.format(baseline=baseline, interval=_interval(sweep, ""), level=level)
 
 
 def verdict(sweep: Sweep) -> str:
@@ -46,8 +91,12 @@ def verdict(sweep: Sweep) -> str:
         return ""
     if not sweep.claim.outcome:
         return "No verdict yet."
-    stale = "" if sweep.claim.rows == digest(sweep) else " (of earlier rows: run it again)"
-    return f"{sweep.claim.outcome.capitalize()}{stale}."
+    doubts = [] if sweep.claim.rows == digest(sweep) else ["of earlier rows: run it again"]
+    if sweep.claim.judged_by != sweep.interval:
+        theirs = INTERVALS.get(sweep.claim.judged_by, sweep.claim.judged_by)
+        doubts.append(f"by the {theirs}, where the tables have the {INTERVALS[sweep.interval]}")
+    doubt = f" ({'; '.join(doubts)})" if doubts else ""
+    return f"{sweep.claim.outcome.capitalize()}{doubt}."
 
 
 def published(table: PublishedTable) -> list[str]:
@@ -131,7 +180,7 @@ def summary(sweep: Sweep) -> list[str]:
 def warnings(sweep: Sweep) -> list[str]:
     """Returns what a reader must know before believing the table; [] if all is in order."""
     runs = sweep.runs()
-    found = list(sweep.notes)
+    found = [*sweep.notes, *_few_seeds(sweep)]
     unfinished = [row for row in runs if row.state not in MEASURED]
     if unfinished:
         found.append(
@@ -161,6 +210,23 @@ def warnings(sweep: Sweep) -> list[str]:
     return found + _shortened(remarks)
 
 
+def _few_seeds(sweep: Sweep) -> list[str]:
+    seeds = min(len(sweep.cell(row.setting, row.norm)) for row in sweep.rows)
+    if sweep.interval != "bootstrap" or seeds >= _FEW:
+        return []
+    return [
+        f"Bootstrap intervals of fewer than {_FEW} seeds are far too narrow: called "
+        f"{CONFIDENCE:.0%}, they cover the truth in {_coverage()}. The t interval does not have "
+        "this fault."
+    ]
+
+
+def _coverage() -> str:
+    (n, share), *others = COVERAGE.items()
+    rest = ", ".join(f"{share:.0%} with {n}" for n, share in others)
+    return f"{share:.0%} of experiments with {n} seeds, {rest} (simulated, normal values)"
+
+
 def provenance(sweep: Sweep) -> dict[str, dict[str, int]]:
     """Returns {what: {value: number of runs}} of commit, versions, devices and the like."""
     recorded = [row.provenance for row in sweep.runs() if row.provenance]
@@ -187,10 +253,8 @@ def reading(sweep: Sweep) -> list[str]:
     """Returns how to read the tables and curves: every rule that decides a number."""
     notes = [
         "A cell is the mean over n seeds of the final test accuracy in percent, evaluated with "
-        "running statistics over every test example once, ± the half-width of its 95% t interval.",
-        "Intervals from few seeds are wide by design: 2.48 standard deviations to each side for "
-        "3 seeds, 1.24 for 5, 0.72 for 10. One seed has no interval. A t interval knows no bounds "
-        "and can pass 0% or 100%.",
+        f"running statistics over every test example once, {_interval(sweep)}.",
+        _READING[sweep.interval],
         "The interval covers other seeds (initial values, order of the data) on this same test "
         "set, not other test sets. Overlapping intervals prove no equality, and the largest of "
         "many means is partly luck: the paired differences decide.",
@@ -205,6 +269,22 @@ def reading(sweep: Sweep) -> list[str]:
         f"over the training set. Only normalizers with state have both ({NOTHING} elsewhere).",
     ]
     return notes + footnotes(sweep)
+
+
+_READING = {
+    "t": (
+        "Intervals from few seeds are wide by design: 2.48 standard deviations to each side for "
+        "3 seeds, 1.24 for 5, 0.72 for 10. One seed has no interval. A t interval knows no bounds "
+        "and can pass 0% or 100%."
+    ),
+    "bootstrap": (
+        f"Intervals are bias-corrected and accelerated bootstrap intervals (BCa, Efron 1987) of "
+        f"{NUM_RESAMPLES:,} resamples, the same ones in every report. They suppose no normal "
+        "distribution and stay within the values seen, which makes them too narrow for few seeds: "
+        f"called {CONFIDENCE:.0%}, they cover the truth in {_coverage()}. One seed has no "
+        "interval. How many more seeds it takes is the t test's count."
+    ),
+}
 
 
 def footnotes(sweep: Sweep) -> list[str]:

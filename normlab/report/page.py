@@ -1,21 +1,29 @@
-"""The report as one HTML page: no network, no script, readable on a phone and in the dark.
+"""The report as one HTML page: no network, one script, readable on a phone and in the dark.
 
 Every text that comes from a run folder goes through `escape`; the only markup that does not is
-the figures', which hold no text from there.
+the figures', which hold no text from there. The script sorts the run list and is the only one that
+the page's policy lets a browser run.
 """
 
 from html import escape
 
-from normlab.report import notes, plots, tables
+from normlab.report import canvas, notes, tables
+from normlab.report.canvas import Panel
 from normlab.report.differences import baseline_of, differences
+from normlab.report.plots import Figures, figures
 from normlab.report.published import beside
 from normlab.report.row import Sweep
+from normlab.report.script import SCRIPT, policy
 from normlab.report.style import style_sheet
 from normlab.report.tables import Cell, Table
 
 
-def html(sweep: Sweep, links: bool = True) -> str:
-    """Returns the whole page; with `links`, runs are linked to their folders beside it."""
+def html(sweep: Sweep, drawn: Figures | None = None, links: bool = True) -> str:
+    """Returns the whole page; with `links`, runs are linked to their folders beside it.
+
+    `drawn` is what `figures(sweep)` gave, if the caller has it already.
+    """
+    drawn = drawn or figures(sweep)
     title = escape(notes.title(sweep))
     first, *rest = notes.summary(sweep)
     parts = [
@@ -26,13 +34,13 @@ def html(sweep: Sweep, links: bool = True) -> str:
         f'<code class="command">{escape(sweep.command)}</code>' if sweep.command else "",
         _caveats(notes.warnings(sweep)),
         "<h2>Test accuracy</h2>",
-        f'<p class="muted">{notes.HEADLINE}</p>',
+        f'<p class="muted">{notes.headline(sweep)}</p>',
         _table(tables.headline(sweep), "headline", under=_overrides(sweep)),
         _choices(sweep),
         _published(sweep),
-        _curves(sweep),
-        _swept(sweep),
-        _percentiles(sweep),
+        _curves(sweep, drawn.curves),
+        _swept(sweep, drawn.swept),
+        _percentiles(sweep, drawn.percentiles),
         _differences(sweep),
         "<h2>Evaluations and cost</h2>",
         f'<p class="muted">{notes.COSTS}</p>',
@@ -41,16 +49,17 @@ def html(sweep: Sweep, links: bool = True) -> str:
         _list(notes.reading(sweep)),
         _provenance(sweep),
         "<h2>Runs</h2>",
-        _table(tables.run_list(sweep, links), "runs"),
+        _table(tables.run_list(sweep, links), "runs", sortable=True),
     ]
     body = "\n".join(filter(None, parts))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy()}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # An icon of nothing: without one a browser asks the network.
         '<link rel="icon" href="data:,">\n'
         f"<title>{title}</title>\n<style>\n{style_sheet()}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
@@ -70,19 +79,37 @@ def _overrides(sweep: Sweep) -> list[list[str]]:
     return [[], *(notes.overrides(fields) for fields in sweep.settings.values())]
 
 
-def _curves(sweep: Sweep) -> str:
-    panels = plots.curves(sweep)
-    if not panels:
+def _curves(sweep: Sweep, drawn: dict[str, dict[str, Panel]]) -> str:
+    """Returns a figure a setting, and a choice of what all of them are drawn against.
+
+    It needs no script. Where the style sheet is not read, `hidden` leaves the curves against steps.
+    """
+    if not drawn:
         return ""
+    first = next(iter(drawn))
     legend = "".join(
-        f"<li>{svg}<span>{escape(norm)}</span></li>" for norm, svg in plots.keys(sweep).items()
+        f"<li>{canvas.key(index)}<span>{escape(norm)}</span></li>"
+        for index, norm in enumerate(sweep.norms)
     )
-    figures = "".join(
-        f"<figure><h3>{escape(setting)}</h3>{svg}</figure>" for setting, svg in panels.items()
+    choice = "".join(
+        f'<input type="radio" name="axis" id="axis-{axis}"{" checked" * (axis == first)}>'
+        f'<label for="axis-{axis}">{axis}</label>'
+        for axis in drawn
+        if len(drawn) > 1
+    )
+    svgs = dict.fromkeys(drawn[first], "")
+    for axis, panels in drawn.items():
+        hidden = "" if axis == first else " hidden"
+        for setting, svg in zip(panels, canvas.elements(panels.values()), strict=True):
+            svgs[setting] += f'<div class="{axis}"{hidden}>{svg}</div>'
+    shown = "".join(
+        f"<figure><h3>{escape(setting)}</h3>{all_axes}</figure>"
+        for setting, all_axes in svgs.items()
     )
     return (
-        f'<h2>Learning curves</h2>\n<p class="muted">{plots.CAPTION}</p>\n'
-        f'<ul class="legend">{legend}</ul>\n<div class="panels">{figures}</div>'
+        f'<h2>Learning curves</h2>\n<p class="muted">{escape(notes.curves(sweep))}</p>\n'
+        f'<ul class="legend">{legend}</ul>\n<div class="choice" role="group" '
+        f'aria-label="Curves against">{choice}<div class="panels">{shown}</div></div>'
     )
 
 
@@ -118,37 +145,35 @@ def _differences(sweep: Sweep) -> str:
     table = differences(sweep)
     if not table.rows:
         return ""
-    caption = escape(notes.differences(baseline_of(sweep), len(table.rows)))
+    caption = escape(notes.differences(sweep, baseline_of(sweep), len(table.rows)))
     drawn = _table(table, "differences")
     return f'<h2>Paired differences</h2>\n<p class="muted">{caption}</p>\n{drawn}'
 
 
-def _swept(sweep: Sweep) -> str:
-    panels = plots.swept(sweep)
+def _swept(sweep: Sweep, panels: dict[tuple[str, str], Panel]) -> str:
     if not panels:
         return ""
-    figures = "".join(
+    shown = "".join(
         f"<figure><h3>{escape(f'{field} ({others})' if others else field)}</h3>{svg}</figure>"
-        for (field, others), svg in panels.items()
+        for (field, others), svg in zip(panels, canvas.elements(panels.values()), strict=True)
     )
     return (
-        f'<h2>Error against what was swept</h2>\n<p class="muted">{notes.SWEPT}</p>\n'
-        f'<div class="panels">{figures}</div>'
+        f'<h2>Error against what was swept</h2>\n<p class="muted">{notes.swept(sweep)}</p>\n'
+        f'<div class="panels">{shown}</div>'
     )
 
 
-def _percentiles(sweep: Sweep) -> str:
-    panels = plots.percentiles(sweep)
+def _percentiles(sweep: Sweep, panels: dict[tuple[str, str], Panel]) -> str:
     if not panels:
         return ""
     many = len(sweep.settings) > 1
-    figures = "".join(
+    shown = "".join(
         f"<figure><h3>{escape(f'{norm} in {setting}' if many else norm)}</h3>{svg}</figure>"
-        for (setting, norm), svg in panels.items()
+        for (setting, norm), svg in zip(panels, canvas.elements(panels.values()), strict=True)
     )
     return (
         f'<h2>One unit over training</h2>\n<p class="muted">{escape(notes.probe(sweep))}</p>\n'
-        f'<div class="panels">{figures}</div>'
+        f'<div class="panels">{shown}</div>'
     )
 
 
@@ -170,11 +195,14 @@ def _provenance(sweep: Sweep) -> str:
 # Tables ------------------------------------------------------------------------------------------
 
 
-def _table(table: Table, name: str, under: list[list[str]] | None = None) -> str:
+def _table(
+    table: Table, name: str, under: list[list[str]] | None = None, sortable: bool = False
+) -> str:
     """Returns a table in a container that scrolls sideways by itself.
 
     `under` is small print under each column's name. Of two columns of names the first becomes a
-    heading over its rows, so that the second stays in sight on a phone.
+    heading over its rows, so that the second stays in sight on a phone. A `sortable` table has that
+    column as well, not shown until the script has sorted the rows away from their headings.
     """
     grouped = table.num_names == 2
     columns = table.columns[grouped:]
@@ -183,12 +211,16 @@ def _table(table: Table, name: str, under: list[list[str]] | None = None) -> str
         ' class="words"' if index in table.words else ""
         for index in range(grouped, len(table.columns))
     ]
-    head = "".join(
+    classes = f"{name} grouped" if sortable else name
+    heads = [
         f'<th scope="col"{kind}>{escape(column)}'
         + "".join(f'<span class="override">{escape(line)}</span>' for line in lines)
         + "</th>"
         for column, kind, lines in zip(columns, kinds, under, strict=True)
-    )
+    ]
+    if sortable:
+        heads.insert(1, f'<th scope="col" class="words heading">{escape(table.columns[0])}</th>')
+    head = "".join(heads)
     body = []
     heading = None
     for row in table.rows:
@@ -199,14 +231,15 @@ def _table(table: Table, name: str, under: list[list[str]] | None = None) -> str
                 f"<span>{escape(heading.text)}</span></th></tr>"
             )
         first, *rest = row[grouped:]
-        cells = "".join(
+        cells = f'<td class="words heading">{_cell(row[0])}</td>' if sortable else ""
+        cells += "".join(
             f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True)
         )
         body.append(f'<tr><th scope="row" class="words">{_cell(first)}</th>{cells}</tr>')
     rows = "\n".join(body)
     return (
-        f'<div class="scroll" tabindex="0"><table class="{name}"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table class="{classes}">'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
 
 
@@ -217,7 +250,7 @@ def _cell(cell: Cell) -> str:
     kind = " ".join(filter(None, ("value", cell.state, "strong" if cell.strong else "")))
     parts = [f'<span class="{kind}">{text}</span>']
     if cell.spread:
-        parts.append(f'<span class="spread">± {escape(cell.spread)}</span>')
+        parts.append(f'<span class="spread">{escape(cell.spread)}</span>')
     if cell.detail:
         parts.append(f'<span class="detail">{escape(cell.detail)}</span>')
     parts += [f'<span class="mark">{escape(mark)}</span>' for mark in cell.marks]

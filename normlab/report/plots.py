@@ -1,57 +1,89 @@
-"""Learning curves as SVG that takes its colours from the page around it.
+"""What the figures show: learning curves, error against a swept field, one unit over training.
 
-No name from a config is drawn inside a figure (names stand in the page's own text), and the user's
-matplotlib settings are set aside, so equal runs give equal bytes.
+Each is a list of panels; `canvas` makes elements of the page or files of them.
 """
 
-import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
+from normlab.report.axis import AXES, Aligned, aligned, axes_of, is_on
+from normlab.report.canvas import Panel, style
 from normlab.report.files import as_number
 from normlab.report.row import Row, Sweep, measured
-from normlab.report.statistics import summarize
-from normlab.report.style import INK, LIGHT, LINE, MUTED, NUM_SERIES, series
+from normlab.report.statistics import Interval, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-CAPTION = (
-    "Test accuracy against optimizer steps. Line: mean over seeds; band: lowest to highest seed. "
-    "Line and band end where the first seed ends; the seeds that go on are drawn thin. "
-    "× ends a diverged seed. Panels share one vertical scale; reaching high accuracies, it is "
-    "stretched towards 100%, so that equal distances are equal ratios of the error."
-)
 
 _TICKS = (10, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9)  # of the stretched scale, in percent
 _LEAST_ERROR = 0.05  # percent; the stretched scale ends at 100 minus this, as log 0 has no place
-_DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (7, 1.6, 1.4, 1.6)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<")
-
-# Colours that stand for the page's: matplotlib writes them out, `_svg` puts variables in place.
-_STAND_IN = {name: f"#0a0b{index:02x}" for index, name in enumerate((INK, MUTED, LINE))}
-_STAND_IN |= {series(index): f"#0a0c{index:02x}" for index in range(NUM_SERIES)}
 
 
-def curves(sweep: Sweep) -> dict[str, str]:
-    """Returns {setting: SVG} with one line per normalizer; settings without curves are left out."""
-    drawn = [setting for setting in sweep.settings if any(_curves_of(sweep, setting))]
-    if not drawn:
-        return {}
+class Line(NamedTuple):
+    """One normalizer's curves in a panel."""
+
+    place: int  # of the normalizer
+    curves: Aligned
+    states: list[str]  # of the runs
+
+
+class Figures(NamedTuple):
+    """All figures of a report, each drawn when it is asked for."""
+
+    curves: dict[str, dict[str, Panel]]  # axis -> setting -> panel
+    swept: dict[tuple[str, str], Panel]  # (field, the other swept fields) -> panel
+    percentiles: dict[tuple[str, str], Panel]  # (setting, normalizer) -> panel
+
+    def panels(self) -> list[Panel]:
+        """Returns all of them, in the order of the page."""
+        return [
+            *(panel for panels in self.curves.values() for panel in panels.values()),
+            *self.swept.values(),
+            *self.percentiles.values(),
+        ]
+
+
+def figures(sweep: Sweep) -> Figures:
+    """Returns what there is to draw of a sweep."""
+    return Figures(
+        {axis: curves(sweep, axis) for axis in axes_of(sweep)}, swept(sweep), percentiles(sweep)
+    )
+
+
+def curves(sweep: Sweep, axis: str = "steps") -> dict[str, Panel]:
+    """Returns {setting: panel} with one line per normalizer, against one of AXES.
+
+    Runs that have no place on the axis are left out, and settings without curves.
+    """
+    # All runs' values, so that the figures of all axes have one vertical scale.
     values = [100 * accuracy for row in sweep.rows for _, accuracy in row.curve]
-    limits = min(values), max(values)
-    with _plain_matplotlib():
-        return {
-            setting: _svg(_panel(sweep, setting, limits), f"curve{index}")
-            for index, setting in enumerate(drawn)
-        }
+    suffix = "" if axis == "steps" else f"-{axis}"
+    panels: dict[str, Panel] = {}
+    for setting in sweep.settings:
+        lines = {}
+        for index, norm in enumerate(sweep.norms):
+            rows = [row for row in sweep.cell(setting, norm) if is_on(row, axis)]
+            if rows:
+                lines[norm] = Line(index, aligned(rows, axis), [row.state for row in rows])
+        if lines:
+            panels[setting] = Panel(
+                name=f"curves-{len(panels)}{suffix}",
+                title=f"Test accuracy against {AXES[axis]}: {setting}",
+                draw=partial(
+                    _draw_curves,
+                    lines=lines.values(),
+                    axis=axis,
+                    limits=(min(values), max(values)),
+                ),
+                legend={norm: style(line.place) for norm, line in lines.items()},
+            )
+    return panels
 
 
-def percentiles(sweep: Sweep) -> dict[tuple[str, str], str]:
-    """Returns {(setting, normalizer): SVG} of the probe's percentiles, of the first seed."""
+def percentiles(sweep: Sweep) -> dict[tuple[str, str], Panel]:
+    """Returns {(setting, normalizer): panel} of the probe's percentiles, of the first seed."""
     first = {}
     for setting in sweep.settings:
         for norm in sweep.norms:
@@ -59,32 +91,33 @@ def percentiles(sweep: Sweep) -> dict[tuple[str, str], str]:
             if rows:
                 first[setting, norm] = rows[0]
     values = [value for row in first.values() for curve in row.probe.values() for _, value in curve]
-    with _plain_matplotlib():
-        return {
-            cell: _svg(_percentile_panel(row, sweep.norms.index(cell[1]), values), f"probe{index}")
-            for index, (cell, row) in enumerate(first.items())
-        }
+    panels = {}
+    for index, ((setting, norm), row) in enumerate(first.items()):
+        line = {"color": style(sweep.norms.index(norm))["color"], "linewidth": 1.4}
+        safe = re.sub("[^a-z0-9_]", "", norm)[:40]
+        panels[setting, norm] = Panel(
+            name=f"unit-{safe}-{index}" if safe else f"unit-{index}",
+            title=f"Percentiles of one unit's input: {norm} in {setting}",
+            draw=partial(_draw_percentiles, row=row, line=line, values=values),
+            legend={norm: line},
+        )
+    return panels
 
 
-def _percentile_panel(row: Row, index: int, values: list[float]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.7, 3.2))
-    axes = figure.add_axes((0.15, 0.145, 0.83, 0.835))
+def _draw_percentiles(axes: "Axes", row: Row, line: dict, values: list[float]) -> None:
     for curve in row.probe.values():
         steps, measured = zip(*curve, strict=True)
-        axes.plot(steps, measured, color=_style(index)["color"], linewidth=1.4)
+        axes.plot(steps, measured, **line)
     margin = 0.04 * max(max(values) - min(values), 1e-9)
     axes.set_ylim(min(values) - margin, max(values) + margin)
     axes.set_ylabel("input of the activation")
-    _steps_axis(axes)
-    return figure
+    _horizontal(axes, "steps")
 
 
-def swept(sweep: Sweep) -> dict[tuple[str, str], str]:
-    """Returns {(field, the other swept fields): SVG}: test error against a swept field's values.
+def swept(sweep: Sweep) -> dict[tuple[str, str], Panel]:
+    """Returns {(field, the other swept fields): panel}: test error against a swept field's values.
 
-    One line per normalizer with the t interval over seeds; fields with one number are left out.
+    One line per normalizer with the interval over seeds; fields with one number are left out.
     """
     panels: dict[tuple[str, str], dict[str, dict[float, list[Row]]]] = {}
     for setting in sweep.settings:
@@ -96,30 +129,34 @@ def swept(sweep: Sweep) -> dict[tuple[str, str], str]:
                         others = (f"{k}={v}" for k, v in row.labels.items() if k != field)
                         panel = panels.setdefault((field, ", ".join(others)), {})
                         panel.setdefault(norm, {}).setdefault(x, []).append(row)
-    drawn = {key: panel for key, panel in panels.items() if len(set().union(*panel.values())) > 1}
-    with _plain_matplotlib():
-        return {
-            key: _svg(_swept_panel(panel, sweep.norms), f"swept{index}")
-            for index, (key, panel) in enumerate(drawn.items())
-        }
+    drawn = {
+        place: panel for place, panel in panels.items() if len(set().union(*panel.values())) > 1
+    }
+    return {
+        (field, others): Panel(
+            name=f"swept-{index}",
+            title=f"Test error against {field}" + (f", {others}" if others else ""),
+            draw=partial(_draw_swept, panel=panel, sweep=sweep),
+            legend={norm: style(sweep.norms.index(norm)) for norm in panel},
+            xlabel=field,
+        )
+        for index, ((field, others), panel) in enumerate(drawn.items())
+    }
 
 
-def _swept_panel(panel: dict[str, dict[float, list[Row]]], norms: tuple[str, ...]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.7, 3.2))
-    axes = figure.add_axes((0.125, 0.145, 0.855, 0.835))
+def _draw_swept(axes: "Axes", panel: dict[str, dict[float, list[Row]]], sweep: Sweep) -> None:
     for norm, by_value in panel.items():
         points = []
         for x, rows in sorted(by_value.items()):
             errors = [100 - 100 * accuracy for accuracy in measured(rows, "test_accuracy")]
-            found = summarize(errors)
+            found = summarize(errors, kind=sweep.interval)
             if found.mean is not None:
-                points.append((x, found.mean, found.half_width or 0.0))
+                ends = found.interval or Interval(found.mean, found.mean)
+                points.append((x, found.mean, found.mean - ends.low, ends.high - found.mean))
         if points:
-            xs, means, half_widths = zip(*points, strict=True)
-            style = _style(norms.index(norm))
-            axes.errorbar(xs, means, yerr=half_widths, capsize=3, elinewidth=1, **style)
+            xs, means, below, above = zip(*points, strict=True)
+            look = style(sweep.norms.index(norm))
+            axes.errorbar(xs, means, yerr=(below, above), capsize=3, elinewidth=1, **look)
     values = sorted(set().union(*panel.values()))
     if values[0] > 0 and values[-1] / values[0] >= 8:
         axes.set_xscale("log")
@@ -128,58 +165,26 @@ def _swept_panel(panel: dict[str, dict[float, list[Row]]], norms: tuple[str, ...
     axes.set_ylim(bottom=0)
     axes.set_xlabel("value")
     axes.set_ylabel("test error (%)")
-    return figure
 
 
-def keys(sweep: Sweep) -> dict[str, str]:
-    """Returns {normalizer: SVG of its line}, the legend of `curves`."""
-    from matplotlib.figure import Figure
-
-    found = {}
-    with _plain_matplotlib():
-        for index, norm in enumerate(sweep.norms):
-            figure = Figure(figsize=(0.5, 0.2))
-            axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 2), ylim=(0, 2))
-            axes.set_axis_off()
-            axes.plot((0.1, 1, 1.9), (1, 1, 1), markevery=[1], **_style(index))
-            found[norm] = _svg(figure, f"key{index}")
-    return found
-
-
-def standalone(svg: str) -> str:
-    """Returns a figure as a file of its own, in the colours of the light page."""
-    text = re.sub(r"var\(--([\w-]+)\)", lambda match: LIGHT[match[1]], svg)
-    head, rest = text.replace(' aria-hidden="true"', "", 1).split(">", 1)
-    ground = f'<rect width="100%" height="100%" fill="{LIGHT["card"]}"/>'
-    font = "<style>text{font-family:sans-serif}</style>"
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{font}{ground}{rest}\n'
-
-
-def _curves_of(sweep: Sweep, setting: str) -> Iterator[Row]:
-    cells = (sweep.cell(setting, norm) for norm in sweep.norms)
-    return (row for rows in cells for row in rows if row.curve)
-
-
-def _panel(sweep: Sweep, setting: str, limits: tuple[float, float]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.7, 3.2))
-    axes = figure.add_axes((0.125, 0.145, 0.855, 0.835))
-    for index, norm in enumerate(sweep.norms):
-        _draw(axes, [row for row in _curves_of(sweep, setting) if row.norm == norm], index)
+def _draw_curves(
+    axes: "Axes", lines: Iterable[Line], axis: str, limits: tuple[float, float]
+) -> None:
+    for line in lines:
+        _draw_line(axes, line)
     _scale(axes, *limits)
     axes.set_ylabel("test accuracy (%)")
-    _steps_axis(axes)
-    return figure
+    _horizontal(axes, axis)
 
 
-def _steps_axis(axes: "Axes") -> None:
+def _horizontal(axes: "Axes", axis: str) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_xlim(left=0)
-    axes.set_xlabel("steps")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel(AXES[axis])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis == "steps"))
+    if axis == "steps" or axes.get_xlim()[1] >= 1000:
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _scale(axes: "Axes", low: float, high: float) -> None:
@@ -204,98 +209,31 @@ def _scale(axes: "Axes", low: float, high: float) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def _draw(axes: "Axes", rows: list[Row], index: int) -> None:
+def _draw_line(axes: "Axes", line: Line) -> None:
     """Draws one normalizer: mean and band over the steps that all seeds have, then each seed."""
-    if not rows:
-        return
-    style = _style(index)
-    seeds = [dict(row.curve) for row in rows]
-    common = sorted(set.intersection(*(set(seed) for seed in seeds)))
-    if common:
-        columns = [[100 * seed[step] for seed in seeds] for step in common]
-        stride = -(-len(common) // 6)
+    import numpy as np
+
+    look = style(line.place)
+    scale, values = line.curves
+    common = np.flatnonzero(~np.isnan(values).any(axis=0))
+    if common.size:
+        xs, columns = scale[common], values[:, common]
+        stride = -(-common.size // 6)
         axes.plot(
-            common,
-            [sum(column) / len(column) for column in columns],
+            xs,
+            columns.mean(axis=0),
             # Markers of different normalizers stand at different steps, or they would hide another.
-            markevery=slice(index % stride, None, stride),
+            markevery=slice(line.place % stride, None, stride),
             zorder=3,
-            **style,
+            **look,
         )
-        band = ([min(column) for column in columns], [max(column) for column in columns])
-        axes.fill_between(common, *band, color=style["color"], alpha=0.16, linewidth=0)
-    end = common[-1] if common else 0
-    for row, seed in zip(rows, seeds, strict=True):
-        rest = [step for step in sorted(seed) if step >= end]
-        if len(rest) > 1:
-            axes.plot(rest, [100 * seed[step] for step in rest], lw=0.8, color=style["color"])
-        if row.state == "diverged":
-            axes.plot(
-                rest[-1:],
-                [100 * seed[rest[-1]]],
-                "x",
-                ms=7,
-                mew=1.8,
-                color=style["color"],
-                zorder=4,
-            )
-
-
-def _style(index: int) -> dict:
-    """Returns colour, dashes and marker of the normalizer in place `index`: all three differ."""
-    return {
-        "color": _STAND_IN[series(index)],
-        "linestyle": _DASHES[index % len(_DASHES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markersize": 4.2,
-        "linewidth": 1.6,
-    }
-
-
-@contextmanager
-def _plain_matplotlib() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": "normlab",
-                "font.size": 10,
-                "figure.facecolor": "none",
-                "axes.facecolor": "none",
-                "text.color": _STAND_IN[INK],
-                "axes.labelcolor": _STAND_IN[MUTED],
-                "axes.edgecolor": _STAND_IN[LINE],
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.grid": True,
-                "axes.axisbelow": True,
-                "grid.color": _STAND_IN[LINE],
-                "grid.linewidth": 0.6,
-                "xtick.color": _STAND_IN[LINE],
-                "ytick.color": _STAND_IN[LINE],
-                "xtick.labelcolor": _STAND_IN[MUTED],
-                "ytick.labelcolor": _STAND_IN[MUTED],
-            }
-        )
-        yield
-
-
-def _svg(figure: "Figure", prefix: str) -> str:
-    """Returns the figure as an element to put into a page; `prefix` keeps its ids apart."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    stream = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].rstrip()
-    # The file's own style sheet would speak to the whole page; the page has the same rule.
-    text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', ' aria-hidden="true"', text, count=1)
-    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    for name, colour in _STAND_IN.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text
+        band = columns.min(axis=0), columns.max(axis=0)
+        axes.fill_between(xs, *band, color=look["color"], alpha=0.16, linewidth=0)
+    end = common[-1] if common.size else 0
+    for seed, state in zip(values, line.states, strict=True):
+        rest = end + np.flatnonzero(~np.isnan(seed[end:]))
+        if rest.size > 1:
+            axes.plot(scale[rest], seed[rest], lw=0.8, color=look["color"])
+        if state == "diverged":
+            cross = {"ms": 7, "mew": 1.8, "color": look["color"], "zorder": 4}
+            axes.plot(scale[rest[-1:]], seed[rest[-1:]], "x", **cross)

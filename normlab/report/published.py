@@ -18,7 +18,8 @@ def beside(sweep: Sweep, table: PublishedTable) -> Table:
             runs = sweep.cell(setting, norm)
             theirs = table.number(norm, _places(setting, runs))
             if theirs is not None:
-                rows.append((Cell(setting), Cell(norm), *_cells(theirs, runs, table)))
+                ours = accuracy_cell(runs, sweep.interval)
+                rows.append((Cell(setting), Cell(norm), *_cells(theirs, ours, table)))
     return Table(
         columns=("setting", "normalizer", "paper (%)", "ours (%)", "ours − paper"),
         rows=tuple(rows),
@@ -41,7 +42,8 @@ def numbers(sweep: Sweep) -> list[dict[str, Any]]:
                 if (number := table.number(norm, _places(setting, runs))) is not None
             ]
             paper, same_setting = theirs[0] if theirs else (None, False)
-            cell = {"setting": setting, "norm": norm, "ours": str(accuracy_cell(runs))}
+            ours = str(accuracy_cell(runs, sweep.interval))
+            cell = {"setting": setting, "norm": norm, "ours": ours}
             found.append({**cell, "paper": paper, "same_setting": same_setting})
     return found
 
@@ -51,13 +53,10 @@ def _places(setting: str, runs: tuple[Row, ...]) -> tuple[str, ...]:
     return (setting, *dict.fromkeys(value for row in runs for value in row.labels.values()))
 
 
-def _cells(
-    theirs: PublishedNumber, runs: tuple[Row, ...], table: PublishedTable
-) -> tuple[Cell, Cell, Cell]:
+def _cells(theirs: PublishedNumber, ours: Cell, table: PublishedTable) -> tuple[Cell, Cell, Cell]:
     detail = f"std {theirs.std:g}" if theirs.std is not None else ""
     if theirs.n is not None:
         detail = f"{detail} n={theirs.n}".strip()
-    ours = accuracy_cell(runs)
     paper = Cell(f"{theirs.value:.2f}", detail=detail)
     try:
         mean = float(ours.text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.errors import UserError
-from normlab.report import notes, plots
+from normlab.report import figures, notes, plots
 from normlab.report.document import markdown
 from normlab.report.drawing import csv_text, escape_markdown
 from normlab.report.page import html
@@ -38,18 +38,17 @@ def publish(sweep: Sweep, folder: Path) -> list[Path]:
             f"{str(folder)!r} keeps the results of other runs; move it away, or name another "
             "folder with --results"
         )
-    figures = {f"{name}.svg": plots.standalone(svg) for name, svg in _figures(sweep).items()}
+    drawn = plots.figures(sweep)
     texts = {
         ROWS: json.dumps(as_json(sweep), indent=1, allow_nan=False) + "\n",
-        "report.md": markdown(sweep, links=False) + _images(figures),
-        "report.html": html(sweep, links=False),
+        "report.md": markdown(sweep, drawn, links=False),
+        "report.html": html(sweep, drawn, links=False),
         "rows.csv": csv_text(sweep),
-        **figures,
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in texts]
+    return [*(folder / name for name in texts), *figures.write(drawn.panels(), folder)]
 
 
 def as_json(sweep: Sweep) -> dict[str, Any]:
@@ -64,6 +63,7 @@ def as_json(sweep: Sweep) -> dict[str, Any]:
         "outcome": claim.outcome,
         "sentences": list(claim.sentences),
         "test": claim.test,
+        "interval": sweep.interval,
         "numbers": numbers(sweep),
         "provenance": notes.provenance(sweep),
         "rows": [_row(row) for row in sweep.rows],
@@ -73,18 +73,6 @@ def as_json(sweep: Sweep) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     names = ("setting", "norm", "tuned", "seed", "id", "state", "started")
     return {name: getattr(row, name) for name in names} | {"result": dict(row.result)}
-
-
-def _figures(sweep: Sweep) -> dict[str, str]:
-    found = {f"curves-{i}": svg for i, svg in enumerate(plots.curves(sweep).values())}
-    found |= {f"swept-{i}": svg for i, svg in enumerate(plots.swept(sweep).values())}
-    panels = plots.percentiles(sweep)
-    return found | {f"unit-{norm}-{i}": svg for i, ((_, norm), svg) in enumerate(panels.items())}
-
-
-def _images(figures: Iterable[str]) -> str:
-    lines = [f"![{name.removesuffix('.svg')}]({name})" for name in figures]
-    return "\n## Figures\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 # All results -------------------------------------------------------------------------------------

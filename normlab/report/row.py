@@ -34,6 +34,8 @@ class Row:
     shared_with: str = ""  # the earlier setting that has the very same run, if any
     result: Mapping[str, float | str] = field(default_factory=dict)  # result.json's finite numbers
     curve: tuple[tuple[int, float], ...] = ()  # (steps, test accuracy as a fraction), by step
+    seconds: tuple[float, ...] = ()  # of training, up to each point of the curve; () if not known
+    steps_per_epoch: int | None = None
     probe: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # percentiles
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)  # commit, versions, devices, ...
@@ -68,6 +70,7 @@ class Sweep:
     notes: tuple[str, ...]  # faults of the folder as a whole
     claim: Claim | None = None  # of the paper, if the sweep is an experiment's
     chosen: Mapping[tuple[str, str], Choice] = field(default_factory=dict)  # of tuned cells
+    interval: str = "t"  # of all means and differences: one of statistics.INTERVALS
 
     def cell(self, setting: str, norm: str) -> tuple[Row, ...]:
         """Returns the rows of one cell of the table: all its seeds, at the candidate chosen."""

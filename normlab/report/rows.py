@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.errors import UserError
-from normlab.report.claim import read_claim
+from normlab.report.claim import read_claim, read_interval
 from normlab.report.files import (
     RUN_ID,
     finite_result,
@@ -25,6 +25,7 @@ from normlab.report.files import (
     provenance,
     read_json,
     read_metrics,
+    read_seconds,
 )
 from normlab.report.row import STATES, Row, Sweep
 from normlab.report.selection import choose
@@ -112,6 +113,8 @@ def _planned(
             ),
         )
     rows = tuple(cells.values())
+    if not rows:
+        raise UserError(f"{str(directory)!r} plans no run: {notes[0]}")
     strays = sorted({path.parent.name for path in directory.glob("*/config.json")} - runs.keys())
     if strays:
         one = len(strays) == 1
@@ -136,6 +139,7 @@ def _planned(
         norms=_in_order(norms, (row.norm for row in rows)),
         rows=rows,
         claim=read_claim(plan, directory, notes),
+        interval=read_interval(plan, notes),
         notes=tuple(notes),
         chosen=choose(rows),
     )
@@ -239,6 +243,7 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
     finished = state in ("done", "diverged")
     result = read_json(path / "result.json", notes, required=finished)
     manifest = read_json(path / "manifest.json", notes)
+    steps_per_epoch = integer(manifest.get("steps_per_epoch")) or 0
     curve, probe = read_metrics(path / "metrics.jsonl", notes, required=finished)
     return replace(
         row,
@@ -248,6 +253,8 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
         message=one_line(status.get("message") or ""),
         result=finite_result(result),
         curve=curve,
+        seconds=read_seconds(path / "timing.jsonl", curve),
+        steps_per_epoch=steps_per_epoch if steps_per_epoch > 0 else None,
         probe=probe,
         config=read_json(path / "config.json", notes),
         provenance=provenance(manifest),

@@ -93,6 +93,12 @@ thead th{vertical-align:bottom;color:var(--muted);font-weight:600;font-size:.84r
 th{font-weight:600}
 .words{text-align:left}
 .runs td:last-child{white-space:normal;min-width:14rem}
+.grouped .heading{display:none}
+thead button{all:unset;cursor:pointer;padding:.5rem 0;margin:-.5rem 0}
+thead button::after{content:"\\2195";margin-left:.3em;opacity:.55}
+[aria-sort=ascending] button::after{content:"\\2191";opacity:1}
+[aria-sort=descending] button::after{content:"\\2193";opacity:1}
+thead button:focus-visible{outline:2px solid var(--link);outline-offset:3px}
 th.words:first-child{position:sticky;left:0;background:var(--card)}
 .headline td,.headline tbody th{padding-top:.6rem;padding-bottom:.6rem}
 .headline .value{font-size:1.08rem;font-weight:600}
@@ -112,6 +118,14 @@ th.words:first-child{position:sticky;left:0;background:var(--card)}
  max-width:none;font-size:.9rem}
 .legend li{display:flex;align-items:center;gap:.45rem;margin:0}
 .legend svg{width:40px;height:16px;flex:none}
+.choice input{position:absolute;opacity:0}
+.choice label{display:inline-flex;align-items:center;justify-content:center;min-width:5.5rem;
+ min-height:2.75rem;margin:.3rem .4rem .8rem 0;padding:0 .9rem;border:1px solid var(--line);
+ border-radius:8px;background:var(--card);color:var(--ink);font-size:.9rem;cursor:pointer}
+.choice input:checked+label{background:var(--ink);border-color:var(--ink);color:var(--page)}
+.choice input:focus-visible+label{outline:2px solid var(--link);outline-offset:2px}
+#axis-epochs:checked~.panels .epochs,#axis-seconds:checked~.panels .seconds{display:block}
+#axis-epochs:checked~.panels .steps,#axis-seconds:checked~.panels .steps{display:none}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:.9rem}
 figure{margin:0;padding:.8rem .8rem .5rem;border:1px solid var(--line);border-radius:10px;
  background:var(--card);max-width:38rem}
@@ -124,6 +138,7 @@ svg text{font-family:inherit!important}
  main{padding:1.3rem .9rem 3rem}
  h1{font-size:1.4rem}
  th,td{padding:.45rem .6rem}
+ th.words:first-child{white-space:normal;max-width:11rem;overflow-wrap:break-word}
  figure{padding:.6rem .4rem .3rem}
  .headline .value{font-size:1rem}
 }

@@ -17,7 +17,7 @@ class Cell:
     """A table's cell; `str(cell)` is all of it on one line."""
 
     text: str = NOTHING
-    spread: str = ""  # half-width of the interval
+    spread: str = ""  # the interval: `± 1.23` or `[98.10, 99.45]`
     detail: str = ""  # n, and the dagger of a shared run
     marks: tuple[str, ...] = ()  # what a reader must not miss: "1/3 diverged"
     strong: bool = False  # the statistics say so
@@ -25,7 +25,7 @@ class Cell:
     state: str = ""  # one of STATES, for the page's colours
 
     def __str__(self) -> str:
-        value = f"{self.text} ± {self.spread}" if self.spread else self.text
+        value = f"{self.text} {self.spread}" if self.spread else self.text
         marks = f"({', '.join(self.marks)})" if self.marks else ""
         return " ".join(filter(None, (value, self.detail, marks)))
 
@@ -41,25 +41,31 @@ class Table:
 
 
 def headline(sweep: Sweep) -> Table:
-    """Returns normalizers × settings: mean test accuracy ± half-width in percent, and n."""
+    """Returns normalizers × settings: mean test accuracy with its interval in percent, and n."""
     return Table(
         columns=("normalizer", *sweep.settings),
         rows=tuple(
-            (Cell(norm), *(accuracy_cell(sweep.cell(setting, norm)) for setting in sweep.settings))
+            (
+                Cell(norm),
+                *(
+                    accuracy_cell(sweep.cell(setting, norm), sweep.interval)
+                    for setting in sweep.settings
+                ),
+            )
             for norm in sweep.norms
         ),
     )
 
 
-def accuracy_cell(rows: Sequence[Row], metric: str = "test_accuracy") -> Cell:
-    """Returns mean ± half-width of the runs that ended with a measurement, and what is missing.
+def accuracy_cell(rows: Sequence[Row], interval: str, metric: str = "test_accuracy") -> Cell:
+    """Returns the mean of the runs that ended with a measurement, its interval, what is missing.
 
     Runs that are done or diverged count if they have a final accuracy. Whatever else was planned
     is marked with its state, so a cell never looks more complete than it is.
     """
     if not rows:
         return Cell()
-    summary = summarize(measured(rows, metric))
+    summary = _summary(rows, metric, interval)
     missing = {
         state: sum(row.state == state for row in rows) for state in STATES if state != "done"
     }
@@ -82,7 +88,7 @@ def accuracy_cell(rows: Sequence[Row], metric: str = "test_accuracy") -> Cell:
 def costs(sweep: Sweep) -> Table:
     """Returns, per setting and normalizer, the three evaluations and what the runs cost.
 
-    Accuracies are means ± half-width in percent over seeds; times are medians over runs.
+    Accuracies are means with intervals in percent over seeds; times are medians over runs.
     """
     rows = []
     for setting in sweep.settings:
@@ -96,8 +102,8 @@ def costs(sweep: Sweep) -> Table:
                     Cell(setting),
                     Cell(norm, detail=dagger),
                     *(
-                        Cell(*_percent(summarize(measured(runs, f"test_accuracy{statistics}"))))
-                        for statistics in ("", "_batch_statistics", "_recomputed_statistics")
+                        Cell(*_percent(_summary(runs, f"test_accuracy{way}", sweep.interval)))
+                        for way in ("", "_batch_statistics", "_recomputed_statistics")
                     ),
                     _median(runs, "step_seconds", lambda seconds: significant(1000 * seconds)),
                     _median(runs, "compile_seconds", significant),
@@ -184,14 +190,19 @@ def _median(rows: Iterable[Row], metric: str, form: Callable[[float], str]) -> C
     return Cell(form((values[middle] + values[~middle]) / 2))
 
 
+def _summary(rows: Iterable[Row], metric: str, interval: str) -> Summary:
+    """Returns the summary of a metric that is a fraction, in percent."""
+    return summarize((100 * value for value in measured(rows, metric)), kind=interval)
+
+
 def _percent(summary: Summary) -> tuple[str, str]:
     """Returns a cell's text and spread: two decimals, or one where the interval is wide."""
     if summary.mean is None:
         return NOTHING, ""
-    if summary.half_width is None:
-        return f"{100 * summary.mean:.2f}", ""
-    decimals = 2 if 100 * summary.half_width < 9.995 else 1
-    return f"{100 * summary.mean:.{decimals}f}", f"{100 * summary.half_width:.{decimals}f}"
+    if summary.interval is None:
+        return f"{summary.mean:.2f}", ""
+    decimals = 2 if summary.interval.half_width < 9.995 else 1
+    return f"{summary.mean:.{decimals}f}", summary.interval.text(decimals)
 
 
 def significant(value: float) -> str:

@@ -1,9 +1,9 @@
 """Verdicts: what a claim of a paper predicts, tested on the rows of a sweep.
 
 A hypothesis is about two cells of the table. It is tested with the paired difference by seed and
-its two-sided t interval, at 95% for all hypotheses of a claim together (Bonferroni). A claim is
-reproduced if all of its hypotheses hold, not reproduced if one is contradicted, and underpowered
-otherwise: then the seeds were too few to tell.
+its two-sided interval (of the kind that the sweep has), at 95% for all hypotheses of a claim
+together (Bonferroni). A claim is reproduced if all of its hypotheses hold, not reproduced if one is
+contradicted, and underpowered otherwise: then the seeds were too few to tell.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from typing import Any
 
 from normlab.report.differences import accuracy_in_points, compare
 from normlab.report.row import Row, Sweep, digest
-from normlab.report.statistics import Difference, seeds_needed
+from normlab.report.statistics import INTERVALS, Difference, seeds_needed
 
 OUTCOMES = ("reproduced", "not reproduced", "underpowered")
 BROKEN = "no verdict"
 """The outcome where the verdict's own code failed."""
 
 TEST = (
-    "Paired differences by seed, two-sided t intervals; 95% holds for all hypotheses together "
+    "Paired differences by seed, two-sided {interval}s; 95% holds for all hypotheses together "
     "(Bonferroni)."
 )
 
@@ -53,7 +53,7 @@ class Hypothesis:
     def judge(self, sweep: Sweep, comparisons: int) -> tuple[bool | None, str]:
         """Returns (holds, contradicted or None if undecided; a sentence with the numbers)."""
         a, b = _rows(sweep, self.a), _rows(sweep, self.b)
-        difference, _ = compare(a, b, comparisons, self.measure)
+        difference, _ = compare(a, b, comparisons, sweep.interval, self.measure)
         holds = self._holds(difference)
         about = f"{self.what} of " if self.what else ""
         statement = f"{about}{_words(self.a)} {self._relation()} {_words(self.b)}"
@@ -79,10 +79,9 @@ class Hypothesis:
         return replace(difference, mean=mean - self.margin)
 
     def _holds(self, difference: Difference) -> bool | None:
-        if difference.mean is None or difference.half_width is None:
+        if difference.interval is None:
             return None
-        low = difference.mean - difference.half_width
-        high = difference.mean + difference.half_width
+        low, high = difference.interval.low, difference.interval.high
         if self.equal:
             inside = -self.margin < low and high < self.margin
             outside = low > self.margin or high < -self.margin
@@ -118,7 +117,7 @@ def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
         if False in answers:
             outcome = "not reproduced"
         sentences = tuple(sentence for _, sentence in judged)
-        return Verdict(outcome, sentences, TEST)
+        return Verdict(outcome, sentences, TEST.format(interval=INTERVALS[sweep.interval]))
 
     return verdict
 
@@ -138,8 +137,9 @@ def judge(verdict: Callable[[Sweep], Verdict], sweep: Sweep) -> Verdict:
 
 
 def as_json(verdict: Verdict, sweep: Sweep) -> dict[str, object]:
-    """Returns the verdict as it is kept in a sweep's folder, with the digest of its rows."""
-    return {"schema_version": 1, **asdict(verdict), "rows": digest(sweep)}
+    """Returns the verdict as it is kept in a sweep's folder, with its interval and rows' digest."""
+    stands_on = {"interval": sweep.interval, "rows": digest(sweep)}
+    return {"schema_version": 1, **asdict(verdict), **stands_on}
 
 
 def _rows(sweep: Sweep, place: Place) -> tuple[Row, ...]:
@@ -161,6 +161,6 @@ def _words(place: Place) -> str:
 def _numbers(difference: Difference, unit: str) -> str:
     if difference.mean is None:
         return "no pair of runs"
-    if difference.half_width is None:
+    if difference.interval is None:
         return f"{difference.mean:+.2f} {unit} from one seed, so no interval"
-    return f"{difference.mean:+.2f} ± {difference.half_width:.2f} {unit}, {difference.n} seeds"
+    return f"{difference.mean:+.2f} {difference.interval.text(2)} {unit}, {difference.n} seeds"

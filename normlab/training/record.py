@@ -70,6 +70,7 @@ def describe_run(
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "overrides": [f"{name}={value}" for name, value in overrides.items()],
         **machine,
+        "steps_per_epoch": parts.length.steps_per_epoch,
         "data_fingerprint": data_fingerprint,
         "data_order_hash": data_order_hash,
         "init_hashes": init_hashes(params),

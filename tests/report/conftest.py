@@ -15,6 +15,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ghost 1": {"batch_stats.scope": "ghost", "batch_stats.ghost_size": 1},
 }
 NORMS = ("none", "batch_norm", "layer_norm", "group_norm", "instance_norm", "batch_renorm")
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 STATEFUL = ("batch_norm", "batch_renorm")
 
 
@@ -39,8 +40,12 @@ def write_run(
     overrides: Mapping[str, Any] | None = None,
     manifest: Mapping[str, Any] | None = None,
     num_lines: int = 15,
+    step_seconds: float | None = None,
 ) -> Path:
-    """Writes one run folder; its test accuracy rises from chance (0.1) to `accuracy`."""
+    """Writes one run folder; its test accuracy rises from chance (0.1) to `accuracy`.
+
+    `step_seconds` are those of timing.jsonl, which is not written without.
+    """
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "schema_version": 1,
@@ -65,6 +70,12 @@ def write_run(
         lines.append({"step": step, "split": "train", "loss": 1 / step, "nonfinite": 0})
         lines.append({"step": step, "split": "test", "accuracy": reached, "loss": 2 / step})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if step_seconds is not None:
+        times = [
+            {"step": line["step"], "seconds": 9.0, "train_seconds": line["step"] * step_seconds}
+            for line in lines
+        ]
+        (folder / "timing.jsonl").write_text("".join(json.dumps(time) + "\n" for time in times))
     files: dict[str, Any] = {
         "config": config,
         "manifest": {
@@ -120,7 +131,7 @@ def write_sweep(
             for seed in seeds:
                 shares = setting == "ghost 1" and norm not in STATEFUL and "base" in settings
                 what = f"{'base' if shares else setting}/{norm}/{seed}"
-                run_id = hashlib.sha256(what.encode()).hexdigest()[:12]
+                run_id = hashlib.sha256(what.encode(errors="replace")).hexdigest()[:12]
                 labels = {"setting": setting, "norm": norm, "seed": seed}
                 entries.append({"id": run_id, "labels": labels})
                 arguments = run(setting, norm, seed)
@@ -155,3 +166,35 @@ def make_run() -> Callable[..., Path]:
 @pytest.fixture
 def make_sweep() -> Callable[..., Path]:
     return write_sweep
+
+
+@pytest.fixture
+def attack() -> str:
+    return ATTACK
+
+
+@pytest.fixture
+def attacked(make_sweep, tmp_path):
+    """A sweep in which every text that a report shows is an attack."""
+    make_sweep(
+        tmp_path,
+        settings={ATTACK: {ATTACK: ATTACK}},
+        norms=(ATTACK,),
+        run=lambda setting, norm, seed: (
+            {
+                "message": ATTACK,
+                "state": ("done", "failed", "diverged")[seed],
+                "manifest": {
+                    "git_commit": ATTACK,
+                    "devices": [ATTACK],
+                    "versions": {ATTACK: ATTACK + str(seed)},
+                },
+                "overrides": {"data.name": ATTACK, "model.kind": ATTACK},
+            }
+            | ({"overrides": {"data.name": ATTACK}} if seed else {})
+        ),
+    )
+    plan = json.loads((tmp_path / "sweep.json").read_text())
+    plan |= {"command": ATTACK, "config": ATTACK}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    return tmp_path

@@ -87,7 +87,8 @@ def test_every_further_comparison_widens_all(make_sweep, tmp_path):
 
     def half_width(norms, where):
         table = differences(load(make_sweep(tmp_path / where, **TWO | {"norms": norms}, run=run)))
-        return float(next(row for row in table.rows if row[1].text == "none")[2].spread)
+        spread = next(row for row in table.rows if row[1].text == "none")[2].spread
+        return float(spread.removeprefix("± "))
 
     alone = half_width(("batch_norm", "none"), "one")
     # t(1 - 0.05/4, 2) / t(0.975, 2) = 6.205347 / 4.302653; both are rounded to 0.01.

@@ -45,7 +45,14 @@ def sweep(make_sweep, tmp_path):
 def test_rows_figures_and_pages_are_written_and_the_same_again(sweep, tmp_path):
     paths = publish(sweep, tmp_path / "kept")
     names = {path.name for path in paths}
-    assert {"rows.json", "rows.csv", "report.md", "report.html", "curves-0.svg"} <= names
+    assert {
+        "rows.json",
+        "rows.csv",
+        "report.md",
+        "report.html",
+        "curves-0.svg",
+        "curves-0.pdf",
+    } <= names
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in publish(sweep, tmp_path / "kept")] == before
     # No link leads to a run's folder, which is not kept.
@@ -64,6 +71,7 @@ def test_every_row_is_in_the_json(sweep, tmp_path):
     publish(sweep, tmp_path)
     kept = json.loads((tmp_path / "rows.json").read_text())
     assert kept["outcome"] == "reproduced"
+    assert kept["interval"] == "t"
     assert len(kept["rows"]) == 6
     assert kept["rows"][0]["result"]["test_accuracy"] == sweep.rows[0].number("test_accuracy")
     assert kept["provenance"]["git commit"] == {"000000000000": 6}

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from normlab.errors import UserError
+from normlab.report import write
 from normlab.report.notes import provenance, warnings
 from normlab.report.rows import load
 
@@ -205,3 +206,47 @@ def test_nothing_to_report_on_is_one_line(make_sweep, tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": []}')
     with pytest.raises(UserError, match="plans no run"):
         load(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"runs": [{"id": "../x", "labels": {}}, 3]}')
+    with pytest.raises(UserError, match=r"plans no run: .* run 1 has the id '\.\./x', left out"):
+        load(tmp_path)
+
+
+def _other_versions(row):
+    path = row.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    versions = {"git_commit": "abc" * 14, "versions": {"jax": "0.11.0", "flax": "0.12.8"}}
+    path.write_text(json.dumps(manifest | versions))
+
+
+def _cut_off(row):
+    path = row.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-15])
+
+
+def _metrics_of_a_folder(row):
+    (row.path / "metrics.jsonl").unlink()
+    (row.path / "metrics.jsonl").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "marks"),
+    [
+        (
+            _other_versions,
+            ["git commit: abcabcabcabc (1 run), 000000000000 (2 runs)", "jax: 0.11.0 (1 run)"],
+        ),
+        (_cut_off, ["metrics.jsonl: the last line is cut off"]),
+        (_metrics_of_a_folder, ["metrics.jsonl cannot be read: Is a directory"]),
+        (lambda row: (row.path / "manifest.json").unlink(), ["manifest.json is missing"]),
+        (lambda row: shutil.rmtree(row.path), ["1/3 planned", "1 of 3 runs without a result"]),
+        (lambda row: (row.path / "status.json").write_text("{}"), ["1/3 interrupted"]),
+    ],
+    ids=["versions", "cut off", "folder", "manifest", "gone", "status"],
+)
+def test_what_is_wrong_with_a_run_is_seen_on_every_page(make_sweep, tmp_path, damage, marks):
+    damage(load(make_sweep(tmp_path, **ONE)).rows[0])
+    paths = write(tmp_path)
+    page, text = paths.html.read_text(), paths.markdown.read_text()
+    for mark in marks:
+        assert mark in page
+        assert mark in text

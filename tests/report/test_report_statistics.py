@@ -20,7 +20,7 @@ def test_three_values():
     summary = summarize([1.0, 2.0, 3.0])
     assert (summary.n, summary.mean, summary.std) == (3, 2.0, 1.0)
     # t(0.975, 2) * 1 / sqrt(3) = 4.302653 / 1.732051
-    assert summary.half_width == pytest.approx(2.484138, abs=1e-6)
+    assert summary.interval.half_width == pytest.approx(2.484138, abs=1e-6)
 
 
 def test_eight_values():
@@ -29,7 +29,7 @@ def test_eight_values():
     # Squared deviations: 9 + 1 + 1 + 1 + 0 + 0 + 4 + 16 = 32, over n - 1 = 7.
     assert summary.std == pytest.approx((32 / 7) ** 0.5)
     # t(0.975, 7) = 2.364624; 2.364624 * 2.138090 / sqrt(8)
-    assert summary.half_width == pytest.approx(1.787488, abs=1e-5)
+    assert summary.interval.half_width == pytest.approx(1.787488, abs=1e-5)
 
 
 def test_quantile_of_two_degrees_of_freedom_has_a_closed_form():
@@ -44,7 +44,7 @@ def test_many_degrees_of_freedom_approach_the_normal_distribution():
 
 def test_one_value_has_no_interval():
     summary = summarize([0.5])
-    assert (summary.n, summary.mean, summary.std, summary.half_width) == (1, 0.5, None, None)
+    assert (summary.n, summary.mean, summary.std, summary.interval) == (1, 0.5, None, None)
 
 
 def test_no_value_has_no_mean():
@@ -52,7 +52,7 @@ def test_no_value_has_no_mean():
 
 
 def test_equal_values_have_an_interval_of_width_zero():
-    assert summarize([0.25, 0.25, 0.25]).half_width == 0.0
+    assert summarize([0.25, 0.25, 0.25]).interval.half_width == 0.0
 
 
 def test_the_page_tells_the_true_width_of_intervals(make_sweep, tmp_path):
@@ -76,7 +76,7 @@ def test_a_paired_difference_by_hand():
     # half-width 4.302653 · 0.288675 / √3 = 0.717109: not decided.
     assert difference.n == 3
     assert difference.mean == pytest.approx(2 / 3)
-    assert difference.half_width == pytest.approx(0.717109, abs=1e-6)
+    assert difference.interval.half_width == pytest.approx(0.717109, abs=1e-6)
     assert not difference.decided
 
 
@@ -85,7 +85,7 @@ def test_pairing_decides_what_means_alone_do_not():
     a = {0: 90.1, 1: 95.1, 2: 99.12}
     b = {0: 90.0, 1: 95.0, 2: 99.0}
     assert paired_difference(a, b).decided
-    assert summarize(a.values()).half_width > 10
+    assert summarize(a.values()).interval.half_width > 10
 
 
 def test_many_comparisons_widen_every_interval():
@@ -93,7 +93,7 @@ def test_many_comparisons_widen_every_interval():
     alone, among_five = paired_difference(a, b), paired_difference(a, b, comparisons=5)
     assert among_five.confidence == pytest.approx(0.99)
     # t(0.995, 2) / t(0.975, 2) = 9.924843 / 4.302653
-    ratio = among_five.half_width / alone.half_width
+    ratio = among_five.interval.half_width / alone.interval.half_width
     assert ratio == pytest.approx(9.924843 / 4.302653, rel=1e-6)
 
 
@@ -111,7 +111,7 @@ def test_one_seed_or_none_decides_nothing():
     [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)],
 )
 def test_seeds_needed_are_the_tables(effect, seeds):
-    difference = Difference(n=3, mean=effect, std=1.0, half_width=9.0, confidence=0.95)
+    difference = Difference(n=3, mean=effect, std=1.0, interval=None, confidence=0.95)
     assert seeds_needed(difference) == pytest.approx(seeds, abs=1)
 
 
@@ -130,7 +130,7 @@ def half_widths(samples, confidence=0.95):
 def test_intervals_cover_the_truth_as_often_as_they_say(n):
     samples = np.random.default_rng(0).normal(7.0, 2.0, (20_000, n))
     first = summarize(samples[0])
-    assert half_widths(samples)[0] == pytest.approx(first.half_width)
+    assert half_widths(samples)[0] == pytest.approx(first.interval.half_width)
     covered = np.abs(samples.mean(axis=1) - 7.0) <= half_widths(samples)
     assert covered.mean() == pytest.approx(0.95, abs=0.005)  # 0.0015 is one standard error
 
@@ -154,7 +154,7 @@ def test_equals_are_declared_different_no_more_often_than_stated(n):
 
 def test_the_stated_power_is_about_what_the_seeds_buy():
     """With as many seeds as asked for, 80% of experiments decide."""
-    difference = Difference(n=3, mean=0.8, std=1.0, half_width=9.0, confidence=0.95)
+    difference = Difference(n=3, mean=0.8, std=1.0, interval=None, confidence=0.95)
     n = seeds_needed(difference)
     samples = np.random.default_rng(2).normal(0.8, 1.0, (20_000, n))
     decided = np.abs(samples.mean(axis=1)) > half_widths(samples)

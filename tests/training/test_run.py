@@ -71,6 +71,7 @@ def test_a_run_folder_holds_what_the_run_was(finished):
     assert manifest["id"] == run_id_of(folder)
     assert {"git_commit", "versions", "devices", "threads", "environment"} <= manifest.keys()
     assert {"data_fingerprint", "data_order_hash", "init_hashes"} <= manifest.keys()
+    assert manifest["steps_per_epoch"] == 22  # 1,437 images in full batches of 64
     assert result["steps"] == 12
     # conv 9·4 + norm 8 + conv 9·4·8 + norm 16 + head 8·10 + 10.
     assert result["num_params"] == 36 + 8 + 288 + 16 + 90
