@@ -37,12 +37,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from normlab.data.verify import guess_source, verify
+    from normlab.data import describe
+    from normlab.data.verify import verify
 
-    path = _path(args)
-    source = args.source or guess_source(args.name, path)
+    config = _data_config(args)
+    source = config.source
+    if source == "sklearn":
+        raise UserError("data set 'digits' comes with scikit-learn; there is no file to verify")
+    describe(config)
     wrong = 0
-    for found in verify(args.name, source, path):
+    for found in verify(args.name, source, config.path):
         wrong += bool(found.fault)
         facts = [] if found.size is None else [f"{found.size:,} bytes", f"MD5 {found.md5}"]
         verdict = f"WRONG: {found.fault}" if found.fault else "ok"
@@ -73,7 +77,7 @@ def _data_config(args: argparse.Namespace) -> Any:
 
     data = load_config("configs/base.py").data
     data.name, data.path = args.name, args.path
-    if args.name != "digits":
+    if args.name != "digits" or args.path is not None:
         data.source = args.source or guess_source(args.name, _path(args))
     return data
 

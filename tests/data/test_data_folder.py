@@ -7,6 +7,7 @@ import pytest
 from official import data_config
 from PIL import Image
 
+from normlab.cli import main
 from normlab.data import Encoded, describe, hold_out, load
 from normlab.data.verify import verify
 from normlab.errors import UserError
@@ -137,3 +138,10 @@ def test_verify_names_the_image_that_cannot_be_decoded(pets):
     assert wrong.size == 200
     assert len(wrong.md5) == 32
     assert wrong.file in wrong.fault
+
+
+def test_the_command_refuses_another_data_sets_folder(pets, capsys):
+    assert main(["data", "verify", "imagenet", f"--path={pets}"]) == 2
+    assert capsys.readouterr().err.endswith("holds 2 classes, 'imagenet' has 1000\n")
+    assert main(["data", "verify", "pets", f"--path={pets}"]) == 0
+    assert "5 images in 2 classes, each decoded" in capsys.readouterr().out

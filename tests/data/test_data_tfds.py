@@ -147,6 +147,7 @@ def test_the_command_prepares_digits(tmp_path, capsys):
         (["prepare", "svhn_cropped", "--to=x", "--path=."], "needs TensorFlow: pip install"),
         (["verify", "cifra10", "--path=x", "--source=archive"], "did you mean 'cifar10'?"),
         (["verify", "mnist"], "'normlab data verify' needs --path=PATH"),
+        (["verify", "digits"], "data set 'digits' comes with scikit-learn; there is no file"),
         (["verify", "mnist", "--config.seed=1", "--path=x"], "unknown argument '--config.seed'"),
         (["info", "--config=configs/digits.py", "--classes=0"], "--classes=0 must be 1 or more"),
         (["infi"], "invalid choice: 'infi'"),
