@@ -4,8 +4,8 @@ The activations are what the backward pass is given: the outputs of `jax.vjp`'s 
 are none of its inputs, each once.
 
 The peak over what XLA itself plans for the step (`compiled.memory_analysis()`, test set apart; CPU,
-float32, jaxlib 0.10.2): digits' cnn 1.36, with LayerNorm 1.42; ResNet-20 at batch 128 1.17, without
-a normalizer, whose steps by element are what XLA fuses, 0.96; ResNet-50 at 8 images of 224×224 1.04.
+float32, jaxlib 0.10.2): digits' cnn 1.36, with LayerNorm 1.42; ResNet-20 at batch 128 1.17, and
+without a normalizer, whose steps by element XLA fuses, 0.96; ResNet-50 at 8 images of 224×224 1.04.
 """
 
 import functools
