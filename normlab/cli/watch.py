@@ -125,8 +125,8 @@ def view(watched: "Watched", now: float, width: int, lines: int | None = None) -
     counted = Text(", ").join(
         Text(f"{counts[state]} {state}", STYLES[state]) for state in STYLES if counts[state]
     )
-    title = Text.assemble((f"{one_line(watched.directory)}: ", "bold"), counted)
-    parts: list[Any] = [title]
+    where = (f" in {one_line(watched.directory)}", "bold")
+    parts: list[Any] = [Text.assemble(counted, where, no_wrap=True, overflow="ellipsis")]
 
     running = [live for live in watched.runs if live.state == "running"]
     ended = [live for live in watched.runs if live.state not in ("running", "planned")]
@@ -137,7 +137,7 @@ def view(watched: "Watched", now: float, width: int, lines: int | None = None) -
     if len(rows) > len(shown):
         parts.append(Text(f"and {len(rows) - len(shown)} more that have begun", "dim"))
     if counts["planned"] and not watched.is_worked_on():
-        note = "Nobody works on the planned runs now; the command that planned them resumes them."
+        note = "Nobody works on the planned runs; type their command again."
         parts.append(Text(note, "yellow"))
     return Group(*parts)
 

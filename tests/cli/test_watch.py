@@ -55,7 +55,7 @@ def drawn(directory, runs, width, lines=None):
 def test_a_wide_terminal_shows_everything():
     # 50 of 200 steps in 20 seconds: 2.5 a second, and the other 150 take a minute.
     title, head, line = drawn("runs/x", [live(validation_accuracy=0.97, **LIVE)], width=120)
-    assert title == "runs/x: 1 running"
+    assert title == "1 running in runs/x"
     assert head.split() == [
         *("run", "norm", "seed", "state", "step", "loss", "val.", "%", "test", "%"),
         *("test", "curve", "steps/s", "left"),
@@ -73,6 +73,11 @@ def test_a_narrow_terminal_shows_who_and_how_far():
     assert line == "ssssssss…  batch_norm     0  ━━━─────────  25%   98.76  60 s"
 
 
+def test_a_long_path_gives_way_to_the_counts():
+    title, *_ = drawn("p" * 100, [live()], width=60)
+    assert title == "1 done in " + "p" * 49 + "…"
+
+
 def test_columns_that_say_nothing_are_left_out():
     _, head, _ = drawn("x", [live(setting="", seed=None, num_steps=None)], width=120)
     assert head.split() == ["norm", "state", "step"]
@@ -87,14 +92,14 @@ def test_running_ones_come_first_and_then_the_latest_to_end():
         live("e", state="diverged", status_written=20.0),
     ]
     title, _, *rows = drawn("x", runs, width=100)
-    assert title == "x: 1 running, 1 planned, 1 done, 1 diverged, 1 failed"
+    assert title == "1 running, 1 planned, 1 done, 1 diverged, 1 failed in x"
     assert [row.split()[1] for row in rows] == ["c", "d", "e", "b"]
 
 
 def test_a_terminal_of_few_lines_counts_the_rest():
     runs = [live(**LIVE), *(live(seed=seed, status_written=float(seed)) for seed in range(1000))]
     found = drawn("x", runs, width=100, lines=34)
-    assert found[0] == "x: 1 running, 1000 done"
+    assert found[0] == "1 running, 1000 done in x"
     assert len(found) == 1 + 1 + 34 + 1
     assert found[-1] == "and 967 more that have begun"
     assert found[3].split()[:3] == ["base", "batch_norm", "999"]
@@ -102,14 +107,14 @@ def test_a_terminal_of_few_lines_counts_the_rest():
 
 def test_a_plan_that_nobody_works_on_is_said_to_be_so(tmp_path):
     planned = live(state="planned", folder=tmp_path)
-    assert "Nobody works on the planned runs" in drawn(tmp_path, [planned], width=200)[-1]
+    assert "Nobody works on the planned runs" in drawn("x", [planned], width=60)[-1]
     with run.locked(tmp_path):
-        assert len(drawn(tmp_path, [planned], width=200)) == 1
+        assert len(drawn("x", [planned], width=60)) == 1
 
 
 def test_a_name_is_no_markup():
     found = drawn("[bold]x[/bold]", [live("[red]y[/red]")], width=120)
-    assert found[0].startswith("[bold]x[/bold]: ")
+    assert found[0] == "1 done in [bold]x[/bold]"
     assert "[red]y[/red]" in found[2]
 
 
@@ -192,7 +197,7 @@ def test_a_real_run_is_watched_to_its_end(tmp_path):
 def test_a_signal_leaves_at_once_with_the_cursor(number, tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": [{"id": "x", "labels": {"norm": "none"}}]}')
     process, terminal = on_a_terminal(tmp_path, "--every=60")
-    read = read_until(terminal, "resumes them")
+    read = read_until(terminal, "Nobody works")
     process.send_signal(number)
     began = time.monotonic()
     read += read_until(terminal, None)
