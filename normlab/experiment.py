@@ -239,7 +239,7 @@ def _check_places(
         for points in sweeps
         for point in points
         if point.fields.get("norm", norm) == norm
-        for place in (point.setting, *point.swept.values())
+        for place in (point.setting, *(point.swept.values() if len(point.swept) == 1 else ()))
     }
     for place in row:
         if str(place) not in places:

@@ -16,6 +16,7 @@ from typing import Any
 from normlab import run
 from normlab.errors import UserError, unknown
 from normlab.grid import Grid, Point
+from normlab.report.claim import NO_RESULT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +118,30 @@ def make_plan(
             found[name] = flatten(load_config(text, {name: value}))[name] if text else value
         return found
 
-    named: dict[str, dict[str, Any]] = {}
-    for point in grid:
-        tuned_or_norm = {"norm", *point.tuned}
-        fields = {name: x for name, x in point.fields.items() if name not in tuned_or_norm}
-        named[point.setting] = named.get(point.setting, {}) | plain(fields)
+    named = {
+        point.setting: _shared([(p, plain(_own(p))) for p in grid if p.setting == point.setting])
+        for point in grid
+    }
     norms = tuple(dict.fromkeys(planned.labels["norm"] for planned in runs))
     path, colon, choices = source.partition(":")
     source = f"{os.path.normpath(path)}{colon}{choices}"
     return Plan(source, norms, named, seeds, plain(overrides), tuple(runs), experiment)
+
+
+def _own(point: Point) -> dict[str, Any]:
+    """Returns the fields that a point sets, but for the normalizer and what is tuned."""
+    return {name: x for name, x in point.fields.items() if name not in {"norm", *point.tuned}}
+
+
+def _shared(points: list[tuple[Point, dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the fields of a setting; one that not all points set alike says whose it is."""
+    found: dict[str, Any] = {}
+    for point, fields in points:
+        for name, value in fields.items():
+            alike = all(name in other and other[name] == value for _, other in points)
+            whose = "" if alike else f"{point.fields.get('norm', 'all')}: "
+            found[f"{whose}{name}"] = value
+    return found
 
 
 def _key(point: Point) -> tuple[tuple[str, str], ...]:
@@ -238,9 +254,6 @@ _SHAPE: dict[str, tuple[type, type]] = {
 """What each part of sweep.json is, and what its own parts are."""
 
 
-_NO_RESULT = ("checkpoint.", "log.", "parallel.", "data.path")  # fields that change no result
-
-
 def _check_same_meaning(there: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
     """Raises UserError where the same name would stand for two things in one table."""
 
@@ -264,7 +277,7 @@ def _check_same_meaning(there: Mapping[str, Any], here: Mapping[str, Any], folde
     for what, old, new in pairs:
         for field in dict.fromkeys([*old, *new]):
             a, b = (fields.get(field, "its default") for fields in (old, new))
-            if a != b and not field.startswith(_NO_RESULT):
+            if a != b and not field.startswith(NO_RESULT):
                 refuse(f"{what} {field} =", a, b)
 
 

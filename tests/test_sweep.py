@@ -308,3 +308,18 @@ def test_a_run_waits_for_an_orphan_of_a_killed_sweep(tmp_path):
     states = pool.run_plan(plan, tmp_path, 1, 1, lambda event: None)
     assert set(states.values()) == {"done"}
     assert orphan.wait() == 0
+
+
+def test_a_field_that_one_normalizer_has_otherwise_is_said_to_be_its_own():
+    varied = grid.grid(
+        {"norm": ["batch_norm"]}, fixed={"optim.base_lr": 0.1, "train.batch_size": 8}
+    )
+    varied += grid.grid({"norm": ["none"]}, fixed={"optim.base_lr": 0.001, "train.batch_size": 8})
+    plan = sweep.make_plan("configs/digits.py", varied, seeds=[0], overrides={})
+    assert plan.settings == {
+        "base": {
+            "batch_norm: optim.base_lr": 0.1,
+            "none: optim.base_lr": 0.001,
+            "train.batch_size": 8,
+        }
+    }

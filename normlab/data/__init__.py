@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normlab.data.info import DATASETS, DatasetInfo, binary, dataset_info
     from normlab.data.pipeline import (
         Examples,
+        augmentation_hash,
         epoch_permutation,
         eval_indices,
         fetch,
@@ -37,6 +38,7 @@ _HOMES = {
     "info": ("DATASETS", "DatasetInfo", "binary", "dataset_info"),
     "pipeline": (
         "Examples",
+        "augmentation_hash",
         "epoch_permutation",
         "eval_indices",
         "fetch",
@@ -68,6 +70,7 @@ __all__ = [
     "Examples",
     "Split",
     "augment",
+    "augmentation_hash",
     "binarized",
     "binary",
     "central_part",

@@ -61,6 +61,18 @@ def order_hash(seed: int, batch_size: int, count: int) -> str:
     return digest.hexdigest()[:12]
 
 
+def augmentation_hash(seed: int, config: Any) -> str:
+    """Returns 12 hex digits that two runs share if they draw the same augmentation.
+
+    The draws are a function of (seed, step) and of the fields of `config`, the config's `data`,
+    that the digest is over; of the batch size, too, which `order_hash` has.
+    """
+    cropped = "image_size", "random_resized_crop", "crop_area", "eval_crop", "interpolation"
+    names = (*cropped, "crop_padding", "flip", "cutout_size", "binarize")
+    text = " ".join([str(seed), *(f"{name}={config[name]}" for name in names)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def eval_indices(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (indices int32, mask bool), each [batches, batch_size]: every example exactly once.
 

@@ -23,17 +23,14 @@ COVERAGE = {3: 0.73, 5: 0.84, 10: 0.90, 20: 0.93}
 
 
 def bca_interval(values: "np.ndarray", confidence: float) -> tuple[float, float]:
-    """Returns (low, high) of the mean of `values`, float64 [n] with n at least 2.
+    """Returns (low, high) of the mean of `values`, float64 [n] with n at least 2, not all equal.
 
-    Of equal values it is that value twice. Of others the ends differ: no mean of resamples is so
-    frequent that both ends fall on it.
+    The ends differ: no mean of resamples is so frequent that both fall on it.
     """
     import numpy as np
     from scipy.special import ndtr, ndtri
 
     spread, mean = float(np.ptp(values)), float(values.mean())
-    if spread <= _EQUAL * abs(mean):
-        return mean, mean
     means = values[_resamples(values.size)].mean(axis=1)
     below = float((means < mean - _EQUAL * spread).mean())
     not_above = float((means <= mean + _EQUAL * spread).mean())

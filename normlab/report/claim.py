@@ -12,6 +12,8 @@ from typing import Any
 from normlab.report.files import number, one_line, read_json
 from normlab.report.statistics import INTERVALS
 
+NO_RESULT = ("checkpoint.", "log.", "parallel.", "data.path")  # fields that change no result
+
 
 @dataclass(frozen=True)
 class PublishedNumber:
@@ -69,13 +71,22 @@ def read_claim(plan: Mapping[str, Any], directory: Path, notes: list[str]) -> Cl
         name=one_line(facts.get("name") or "experiment"),
         scale=one_line(facts.get("scale") or ""),
         text=one_line(facts.get("claim") or ""),
-        published=tuple(_table(table) for table in _dicts(tables)),
+        published=tuple(_table(table, not overridden(plan)) for table in _dicts(tables)),
         outcome=one_line(found.get("outcome") or ""),
         sentences=tuple(map(one_line, sentences)) if isinstance(sentences, list) else (),
         test=one_line(found.get("test") or ""),
         rows=one_line(found.get("rows") or ""),
         judged_by=one_line(found.get("interval") or "t"),
     )
+
+
+def overridden(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that the command line set for all runs and that can change a result."""
+    given = plan.get("overrides")
+    fields = given.items() if isinstance(given, dict) else ()
+    return {
+        one_line(name): value for name, value in fields if not one_line(name).startswith(NO_RESULT)
+    }
 
 
 def read_interval(plan: Mapping[str, Any], notes: list[str]) -> str:
@@ -88,7 +99,7 @@ def read_interval(plan: Mapping[str, Any], notes: list[str]) -> str:
     return "t"
 
 
-def _table(table: Mapping[str, Any]) -> PublishedTable:
+def _table(table: Mapping[str, Any], as_declared: bool) -> PublishedTable:
     as_error = table.get("metric") == "test_error"
     rows = table.get("rows")
     found: dict[str, dict[str, PublishedNumber]] = {}
@@ -103,7 +114,10 @@ def _table(table: Mapping[str, Any]) -> PublishedTable:
                 )
     texts = {name: one_line(table.get(name) or "") for name in ("setting", "source", "sure")}
     return PublishedTable(
-        found, **texts, same_setting=bool(table.get("same_setting")), as_error=as_error
+        found,
+        **texts,
+        same_setting=as_declared and bool(table.get("same_setting")),
+        as_error=as_error,
     )
 
 

@@ -6,6 +6,8 @@ from normlab.report.row import MEASURED, Row, Sweep
 from normlab.report.statistics import Difference, paired_difference, seeds_needed
 from normlab.report.tables import DAGGER, Cell, Table
 
+NEEDED = ("data", "data order")  # hashes without which nothing shows that runs share a seed's draws
+
 Pair = tuple[str, str, Sequence[Row], Sequence[Row]]  # setting, normalizer, its runs, baseline's
 
 
@@ -65,7 +67,8 @@ def compare(
     Runs pair by seed if they ended with a measurement and the hashes of what they should share
     agree. `interval` is one of statistics.INTERVALS.
     """
-    reasons = {a.seed: unpaired(a, b) for a in runs for b in base if a.seed == b.seed}
+    ended = [[row for row in group if row.state in MEASURED] for group in (runs, base)]
+    reasons = {a.seed: unpaired(a, b) for a in ended[0] for b in ended[1] if a.seed == b.seed}
     marks = tuple(f"seed {seed} not paired: {why}" for seed, why in reasons.items() if why)
     ours, theirs = (
         {
@@ -104,5 +107,11 @@ def _verdict(difference: Difference) -> str:
 
 def unpaired(a: Row, b: Row) -> str:
     """Returns what two runs of one seed do not share though they should, "" if they are paired."""
+    for what in NEEDED:
+        if not (a.pairing.get(what) and b.pairing.get(what)):
+            return f"{what} not recorded"
+    # A parameter need not be in both; anything else that only one of them says is not shared.
     common = a.pairing.keys() & b.pairing.keys()
-    return next((what for what in sorted(common) if a.pairing[what] != b.pairing[what]), "")
+    common |= {x for x in a.pairing.keys() | b.pairing.keys() if not x.startswith("initial ")}
+    differs = (what for what in sorted(common) if a.pairing.get(what) != b.pairing.get(what))
+    return next(differs, "")

@@ -52,10 +52,20 @@ def markdown(
             f"{what}: {', '.join(notes.counted(values))}"
             for what, values in notes.provenance(sweep).items()
         ),
+        *_config(sweep),
         "## Runs",
         markdown_table(tables.run_list(sweep, links)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _config(sweep: Sweep) -> list[str]:
+    differing, common = notes.config(sweep)
+    if not common:
+        return []
+    lines = [f"{name}: {', '.join(notes.counted(values))}" for name, values in differing.items()]
+    same = ", ".join(f"{name}={value}" for name, value in common.items())
+    return ["## Configs", _list(lines), escape_markdown(f"The same in all runs: {same}.")]
 
 
 def _claim(sweep: Sweep) -> list[str]:

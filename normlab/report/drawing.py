@@ -81,7 +81,7 @@ def csv_text(sweep: Sweep) -> str:
     made_with = list(dict.fromkeys(key for row in sweep.rows for key in row.provenance))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    what = ("setting", "norm", "seed", "id", "shared_with", "state", "step")
+    what = ("setting", "norm", "tuned", "seed", "id", "shared_with", "state", "step")
     versions = [key.replace(" ", "_") for key in made_with]
     writer.writerow([*what, *labels, *metrics, *versions, "message", "notes"])
     for row in sweep.rows:

@@ -135,12 +135,41 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def resumed_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
+    """Returns a note for each thing that was another one when the run was resumed."""
+    first, resumed = provenance(manifest), manifest.get("resumed")
+    found = []
+    for machine in resumed if isinstance(resumed, list) else ():
+        later = provenance(machine) if isinstance(machine, dict) else {}
+        found += [
+            f"resumed under another {what}: {value}, begun under {first[what]}"
+            for what, value in later.items()
+            if what in first and first[what] != value
+        ]
+    return list(dict.fromkeys(found))
+
+
+def sane(result: dict[str, float | str], notes: list[str]) -> dict[str, float | str]:
+    """Returns a result without accuracies that are no fraction; each is noted."""
+    kept = {}
+    for name, value in result.items():
+        if "accuracy" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            notes.append(f"result.json: {name} = {value:g} is not from 0 to 1, left out")
+        else:
+            kept[name] = value
+    return kept
+
+
 def pairing(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Returns {what: hash} of what paired runs share: the data, its order, initial values.
 
     A parameter's shape is part of its name: one that differs in shape is not the same parameter.
     """
-    names = {"data_fingerprint": "data", "data_order_hash": "data order"}
+    names = {
+        "data_fingerprint": "data",
+        "data_order_hash": "data order",
+        "augmentation_hash": "augmentation",
+    }
     found = {
         name: one_line(manifest[field]) for field, name in names.items() if manifest.get(field)
     }

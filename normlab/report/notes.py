@@ -9,7 +9,7 @@ from normlab.report.bootstrap import COVERAGE, NUM_RESAMPLES
 from normlab.report.claim import PublishedTable
 from normlab.report.files import flatten, one_line, plain_text
 from normlab.report.row import MEASURED, Sweep, digest
-from normlab.report.statistics import CONFIDENCE, INTERVALS
+from normlab.report.statistics import CONFIDENCE, ENOUGH_TO_RESAMPLE, INTERVALS
 from normlab.report.tables import DAGGER, NOTHING, count_states
 
 DIFFERENCES = (
@@ -37,7 +37,7 @@ SECONDS = (
     "Seconds are those of training alone, without compilation and evaluation, each step's mean "
     "over seeds, on the machine and under the load of that time: only a rough comparison."
 )
-_FEW = 10  # seeds, below which a bootstrap interval is far too narrow
+ABSENT = "no such field"
 _MOST = 12  # items of one kind that are listed; the rest is counted
 
 
@@ -126,8 +126,10 @@ def choices(sweep: Sweep) -> list[str]:
     """Returns which candidate each tuned cell shows, and how the others did."""
     found = []
     for (setting, norm), choice in sweep.chosen.items():
+        most = max(choice.counts.values())
         means = ", ".join(
             f"{name} {NOTHING if mean is None else format(100 * mean, '.2f')}"
+            + (f" ({choice.counts[name]} of {most} seeds)" if choice.counts[name] < most else "")
             for name, mean in choice.means.items()
         )
         where = f"{norm} in {setting}" if len(sweep.settings) > 1 else norm
@@ -181,6 +183,9 @@ def warnings(sweep: Sweep) -> list[str]:
     """Returns what a reader must know before believing the table; [] if all is in order."""
     runs = sweep.runs()
     found = [*sweep.notes, *_few_seeds(sweep)]
+    if sweep.claim is not None and sweep.overrides:
+        given = ", ".join(overrides(sweep.overrides))
+        found.append(f"Not the scale as declared: the command line set {given}.")
     unfinished = [row for row in runs if row.state not in MEASURED]
     if unfinished:
         found.append(
@@ -212,10 +217,11 @@ def warnings(sweep: Sweep) -> list[str]:
 
 def _few_seeds(sweep: Sweep) -> list[str]:
     seeds = min(len(sweep.cell(row.setting, row.norm)) for row in sweep.rows)
-    if sweep.interval != "bootstrap" or seeds >= _FEW:
+    if sweep.interval != "bootstrap" or seeds >= ENOUGH_TO_RESAMPLE:
         return []
     return [
-        f"Bootstrap intervals of fewer than {_FEW} seeds are far too narrow: called "
+        f"Bootstrap intervals of fewer than {ENOUGH_TO_RESAMPLE} seeds decide nothing, as they are "
+        "far too narrow: called "
         f"{CONFIDENCE:.0%}, they cover the truth in {_coverage()}. The t interval does not have "
         "this fault."
     ]
@@ -235,6 +241,24 @@ def provenance(sweep: Sweep) -> dict[str, dict[str, int]]:
         name: dict(Counter(values.get(name, "not recorded") for values in recorded))
         for name in names
     }
+
+
+def config(sweep: Sweep) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Returns ({field: {value: number of runs}} where configs differ, {field: value} elsewhere).
+
+    Without the seed.
+    """
+    flat = [flatten(row.config) for row in sweep.runs() if row.config]
+    names = dict.fromkeys(name for fields in flat for name in fields)
+    differing, common = {}, {}
+    for name in names.keys() - {"seed", "schema_version"}:
+        texts = (one_line(plain_text(x[name])) if name in x else ABSENT for x in flat)
+        values = dict(Counter(texts))
+        if len(values) > 1:
+            differing[one_line(name)] = values
+        else:
+            common[one_line(name)] = next(iter(values))
+    return dict(sorted(differing.items())), dict(sorted(common.items()))
 
 
 def counted(values: Mapping[str, int]) -> list[str]:

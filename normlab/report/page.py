@@ -5,6 +5,7 @@ the figures', which hold no text from there. The script sorts the run list and i
 the page's policy lets a browser run.
 """
 
+from collections.abc import Mapping
 from html import escape
 
 from normlab.report import canvas, notes, tables
@@ -48,6 +49,7 @@ def html(sweep: Sweep, drawn: Figures | None = None, links: bool = True) -> str:
         "<h2>How to read this</h2>",
         _list(notes.reading(sweep)),
         _provenance(sweep),
+        _config(sweep),
         "<h2>Runs</h2>",
         _table(tables.run_list(sweep, links), "runs", sortable=True),
     ]
@@ -178,18 +180,31 @@ def _percentiles(sweep: Sweep, panels: dict[tuple[str, str], Panel]) -> str:
 
 
 def _provenance(sweep: Sweep) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(what)}</th><td>'
-        + "<br>".join(map(escape, notes.counted(values)))
-        + "</td></tr>"
-        for what, values in notes.provenance(sweep).items()
-    )
-    if not rows:
+    facts = {what: notes.counted(values) for what, values in notes.provenance(sweep).items()}
+    return f"<h2>Provenance</h2>{_facts(facts)}" if facts else ""
+
+
+def _config(sweep: Sweep) -> str:
+    """Returns the fields in which the runs' configs differ, and behind a click all the others."""
+    differing, common = notes.config(sweep)
+    if not common:
         return ""
+    shown = {name: notes.counted(values) for name, values in differing.items()}
+    rest = _facts({name: [value] for name, value in common.items()})
     return (
-        "<h2>Provenance</h2>"
-        f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
+        "<h2>Configs</h2>"
+        + (f'<p class="muted">Fields in which the runs differ.</p>{_facts(shown)}' if shown else "")
+        + f"<details><summary>{len(common)} fields are the same in all runs</summary>{rest}"
+        "</details>"
     )
+
+
+def _facts(facts: Mapping[str, list[str]]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(what)}</th><td>{"<br>".join(map(escape, values))}</td></tr>'
+        for what, values in facts.items()
+    )
+    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
 # Tables ------------------------------------------------------------------------------------------

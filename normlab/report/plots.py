@@ -126,8 +126,7 @@ def swept(sweep: Sweep) -> dict[tuple[str, str], Panel]:
                 for field, value in row.labels.items():
                     x = as_number(value)
                     if x is not None:
-                        others = (f"{k}={v}" for k, v in row.labels.items() if k != field)
-                        panel = panels.setdefault((field, ", ".join(others)), {})
+                        panel = panels.setdefault((field, _others(row, field)), {})
                         panel.setdefault(norm, {}).setdefault(x, []).append(row)
     drawn = {
         place: panel for place, panel in panels.items() if len(set().union(*panel.values())) > 1
@@ -142,6 +141,13 @@ def swept(sweep: Sweep) -> dict[tuple[str, str], Panel]:
         )
         for index, ((field, others), panel) in enumerate(drawn.items())
     }
+
+
+def _others(row: Row, field: str) -> str:
+    """Returns what else tells a run's setting from others: its names and other swept fields."""
+    swept = {f"{name.rpartition('.')[2]}={value}" for name, value in row.labels.items()}
+    names = [part for part in row.setting.split(", ") if part not in swept | {"base"}]
+    return ", ".join([*names, *(f"{k}={v}" for k, v in row.labels.items() if k != field)])
 
 
 def _draw_swept(axes: "Axes", panel: dict[str, dict[float, list[Row]]], sweep: Sweep) -> None:

@@ -49,8 +49,12 @@ def numbers(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _places(setting: str, runs: tuple[Row, ...]) -> tuple[str, ...]:
-    """Returns under which names a paper's table may have this cell: setting, swept values."""
-    return (setting, *dict.fromkeys(value for row in runs for value in row.labels.values()))
+    """Returns under which names a paper's table may have this cell.
+
+    Its setting; or, where one field alone is swept, that field's value.
+    """
+    values = {tuple(row.labels.values()) for row in runs}
+    return (setting, *(value[0] for value in values if len(value) == 1))
 
 
 def _cells(theirs: PublishedNumber, ours: Cell, table: PublishedTable) -> tuple[Cell, Cell, Cell]:

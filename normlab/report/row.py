@@ -55,6 +55,7 @@ class Choice:
 
     tuned: str  # e.g. base_lr=0.1
     means: Mapping[str, float | None]  # mean validation accuracy over seeds of each candidate
+    counts: Mapping[str, int]  # how many seeds that is
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Sweep:
     norms: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]  # faults of the folder as a whole
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of all runs, by the command line
     claim: Claim | None = None  # of the paper, if the sweep is an experiment's
     chosen: Mapping[tuple[str, str], Choice] = field(default_factory=dict)  # of tuned cells
     interval: str = "t"  # of all means and differences: one of statistics.INTERVALS
@@ -96,6 +98,10 @@ def measured(rows: Iterable[Row], metric: str) -> list[float]:
 def digest(sweep: Sweep) -> str:
     """Returns 12 hex digits of the rows that a verdict rests on."""
     rows = [
-        (row.setting, row.norm, row.seed, row.id, row.state, dict(row.result)) for row in sweep.rows
+        (
+            *(row.setting, row.norm, row.tuned, row.seed, row.id, row.state),
+            *(dict(row.result), dict(row.pairing), row.curve, dict(row.probe)),
+        )
+        for row in sweep.rows
     ]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.errors import UserError
-from normlab.report.claim import read_claim, read_interval
+from normlab.report.claim import overridden, read_claim, read_interval
 from normlab.report.files import (
     RUN_ID,
     finite_result,
@@ -26,6 +26,8 @@ from normlab.report.files import (
     read_json,
     read_metrics,
     read_seconds,
+    resumed_elsewhere,
+    sane,
 )
 from normlab.report.row import STATES, Row, Sweep
 from normlab.report.selection import choose
@@ -138,6 +140,7 @@ def _planned(
         | {row.setting: {} for row in rows if row.setting not in settings},
         norms=_in_order(norms, (row.norm for row in rows)),
         rows=rows,
+        overrides=overridden(plan),
         claim=read_claim(plan, directory, notes),
         interval=read_interval(plan, notes),
         notes=tuple(notes),
@@ -245,13 +248,14 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
     manifest = read_json(path / "manifest.json", notes)
     steps_per_epoch = integer(manifest.get("steps_per_epoch")) or 0
     curve, probe = read_metrics(path / "metrics.jsonl", notes, required=finished)
+    notes += resumed_elsewhere(manifest)
     return replace(
         row,
         id=one_line(manifest.get("id") or path.name),
         state=state,
         step=integer(status.get("step")),
         message=one_line(status.get("message") or ""),
-        result=finite_result(result),
+        result=sane(finite_result(result), notes),
         curve=curve,
         seconds=read_seconds(path / "timing.jsonl", curve),
         steps_per_epoch=steps_per_epoch if steps_per_epoch > 0 else None,

@@ -8,8 +8,8 @@ from normlab.report.row import MEASURED, Choice, Row
 def choose(rows: Iterable[Row]) -> Mapping[tuple[str, str], Choice]:
     """Returns {(setting, norm): choice} for the cells that have candidates.
 
-    The highest mean validation accuracy over seeds wins; of equal ones the first. The test set has
-    no part in it.
+    The highest mean validation accuracy over seeds wins; of equal ones the first. A candidate of
+    which seeds are missing is not chosen before one that has them. The test set has no part in it.
     """
     cells: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
@@ -25,5 +25,6 @@ def _best(candidates: Mapping[str, list[float]]) -> Choice:
     means = {
         name: sum(values) / len(values) if values else None for name, values in candidates.items()
     }
-    measured = {name: mean for name, mean in means.items() if mean is not None}
-    return Choice(max(measured or means, key=lambda name: measured.get(name, 0.0)), means)
+    counts = {name: len(values) for name, values in candidates.items()}
+    whole = [name for name in candidates if counts[name] == max(counts.values())]
+    return Choice(max(whole, key=lambda name: means[name] or 0.0), means, counts)

@@ -14,6 +14,14 @@ CONFIDENCE = 0.95
 INTERVALS = {"t": "t interval", "bootstrap": "BCa bootstrap interval"}
 """The kinds of interval, and what the report calls them; the first is the default."""
 
+ENOUGH_TO_RESAMPLE = 10
+"""Values from which on a bootstrap interval decides anything: of few, most are of one sign, and
+then no resample, at whatever level, has the other."""
+
+POWER = 0.8  # chance of a decision for which seeds are counted
+
+ROUNDING = 1e-9  # relative: values that are closer are the same up to rounding
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -42,14 +50,14 @@ class Summary:
     n: int  # number of values
     mean: float | None  # None if n = 0
     std: float | None  # with n - 1 in the denominator; None if n < 2
-    interval: Interval | None  # of the mean (95% unless asked); None if n < 2
+    interval: Interval | None  # of the mean (95% unless asked); None if n < 2 or all are equal
 
 
 def summarize(values: Iterable[float], confidence: float = CONFIDENCE, kind: str = "t") -> Summary:
     """Returns the summary of finite `values`, one per seed, with an interval of one of INTERVALS.
 
-    Only equal values have an interval of width zero, of either kind: where the bootstrap reads that
-    as decided, the t interval does too.
+    Equal values have none: accuracies are counts of test images, so two seeds that fall on the same
+    count are common, and say nothing of the spread.
     """
     import numpy as np
 
@@ -61,6 +69,8 @@ def summarize(values: Iterable[float], confidence: float = CONFIDENCE, kind: str
     if n == 1:
         return Summary(1, mean, None, None)
     std = float(array.std(ddof=1))
+    if std <= ROUNDING * abs(mean):
+        return Summary(n, mean, 0.0, None)
     if kind == "bootstrap":
         from normlab.report.bootstrap import bca_interval
 
@@ -89,14 +99,21 @@ class Difference:
     n: int  # seeds in both
     mean: float | None  # None if n = 0
     std: float | None  # of the differences, n - 1 in the denominator; None if n < 2
-    interval: Interval | None  # of the mean, at `confidence`; None if n < 2
+    interval: Interval | None  # of the mean, at `confidence`; None if n < 2 or all are equal
     confidence: float  # of this interval: 1 − 0.05 / number of comparisons (Bonferroni)
 
     @property
     def decided(self) -> bool:
-        """True if the interval excludes zero."""
-        found = self.interval
+        """True if the interval excludes zero, and is one to be believed."""
+        found = self.believed
         return found is not None and (found.low > 0 or found.high < 0)
+
+    @property
+    def believed(self) -> Interval | None:
+        """The interval if a decision may rest on it; a bootstrap of few values is too narrow."""
+        few = self.n < ENOUGH_TO_RESAMPLE
+        bootstrap = self.interval is not None and self.interval.kind == "bootstrap"
+        return None if few and bootstrap else self.interval
 
 
 def paired_difference(
@@ -113,7 +130,7 @@ def paired_difference(
     return Difference(summary.n, summary.mean, summary.std, summary.interval, confidence)
 
 
-def seeds_needed(difference: Difference, power: float = 0.8, limit: int = 10_000) -> int | None:
+def seeds_needed(difference: Difference, power: float = POWER, limit: int = 10_000) -> int | None:
     """Returns the smallest n at which a difference as seen is decided with probability `power`.
 
     The usual approximation for a paired t test (Student 1908; Guenther 1981): the smallest n with

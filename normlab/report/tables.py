@@ -161,7 +161,7 @@ def _run(row: Row, directory: Path | None) -> tuple[Cell, ...]:
         link = f"{quote(row.path.relative_to(directory).as_posix())}/"
     return (
         Cell(row.setting),
-        Cell(row.norm),
+        Cell(row.norm, detail=row.tuned),
         Cell(NOTHING if row.seed is None else str(row.seed)),
         Cell(
             row.id,

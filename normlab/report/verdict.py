@@ -12,16 +12,30 @@ from typing import Any
 
 from normlab.report.differences import accuracy_in_points, compare
 from normlab.report.row import Row, Sweep, digest
-from normlab.report.statistics import INTERVALS, Difference, seeds_needed
+from normlab.report.statistics import (
+    ENOUGH_TO_RESAMPLE,
+    INTERVALS,
+    POWER,
+    Difference,
+    seeds_needed,
+)
 
 OUTCOMES = ("reproduced", "not reproduced", "underpowered")
 BROKEN = "no verdict"
 """The outcome where the verdict's own code failed."""
 
 TEST = (
-    "Paired differences by seed, two-sided {interval}s; 95% holds for all hypotheses together "
-    "(Bonferroni)."
+    "Paired differences by seed, two-sided {interval}s; {together}. How many seeds would decide is "
+    "said of each hypothesis by itself, for {power:.0%} power."
 )
+
+TOGETHER = {
+    "t": "95% holds for all hypotheses together (Bonferroni)",
+    "bootstrap": (
+        "corrected for all hypotheses together (Bonferroni), which a bootstrap reaches only with "
+        f"many seeds; with fewer than {ENOUGH_TO_RESAMPLE} nothing is decided"
+    ),
+}
 
 Measure = Callable[[Row], float | None]
 
@@ -61,7 +75,10 @@ class Hypothesis:
         numbers = _numbers(difference, self.unit)
         if {row.id for row in a} == {row.id for row in b}:
             numbers = "the very same runs"
-        total = seeds_needed(self._from_the_boundary(difference)) if holds is None else None
+        # To lie within two bounds takes more than to lie beyond one: half the risk for each.
+        power = (1 + POWER) / 2 if self.equal else POWER
+        boundary = self._from_the_boundary(difference)
+        total = seeds_needed(boundary, power) if holds is None else None
         if total:
             numbers += f"; about {total:,} in all would decide"
         return holds, f"{statement}: {answer} ({numbers})."
@@ -79,9 +96,10 @@ class Hypothesis:
         return replace(difference, mean=mean - self.margin)
 
     def _holds(self, difference: Difference) -> bool | None:
-        if difference.interval is None:
+        interval = difference.believed
+        if interval is None:
             return None
-        low, high = difference.interval.low, difference.interval.high
+        low, high = interval.low, interval.high
         if self.equal:
             inside = -self.margin < low and high < self.margin
             outside = low > self.margin or high < -self.margin
@@ -117,7 +135,10 @@ def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
         if False in answers:
             outcome = "not reproduced"
         sentences = tuple(sentence for _, sentence in judged)
-        return Verdict(outcome, sentences, TEST.format(interval=INTERVALS[sweep.interval]))
+        test = TEST.format(
+            interval=INTERVALS[sweep.interval], together=TOGETHER[sweep.interval], power=POWER
+        )
+        return Verdict(outcome, sentences, test)
 
     return verdict
 
@@ -162,5 +183,6 @@ def _numbers(difference: Difference, unit: str) -> str:
     if difference.mean is None:
         return "no pair of runs"
     if difference.interval is None:
-        return f"{difference.mean:+.2f} {unit} from one seed, so no interval"
+        why = "one seed" if difference.n == 1 else f"{difference.n} seeds without spread"
+        return f"{difference.mean:+.2f} {unit} from {why}, so no interval"
     return f"{difference.mean:+.2f} {difference.interval.text(2)} {unit}, {difference.n} seeds"

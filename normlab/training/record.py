@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from normlab import run
 from normlab.config import to_json
+from normlab.data import augmentation_hash
 from normlab.models.layers import norm_layers
 from normlab.training.setup import Parts, id_of
 
@@ -73,6 +74,7 @@ def describe_run(
         "steps_per_epoch": parts.length.steps_per_epoch,
         "data_fingerprint": data_fingerprint,
         "data_order_hash": data_order_hash,
+        "augmentation_hash": augmentation_hash(parts.config.seed, parts.config.data),
         "init_hashes": init_hashes(params),
     }
     run.write_json(folder / "manifest.json", manifest)

@@ -88,6 +88,7 @@ def write_run(
             "devices": ["cpu"],
             "threads": 1,
             "data_fingerprint": "made up",
+            "data_order_hash": f"order {seed}",
             **(manifest or {}),
         },
         "status": {"status": state, "step": steps[-1], "message": message},

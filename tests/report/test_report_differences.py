@@ -71,6 +71,20 @@ def test_runs_that_are_not_paired_are_not_compared(row, field, value, other, why
     assert found[2].marks[0].startswith("seed 1 not paired: ")
 
 
+@pytest.mark.parametrize("field", ["data_fingerprint", "data_order_hash"])
+def test_runs_that_do_not_say_what_they_share_are_not_compared(row, field):
+    found = row((0.90, 0.99, 0.92), (0.90, 0.90, 0.90), {("batch_norm", 1): {field: None}})
+    assert str(found[3]) == "2"
+    assert found[2].marks[0].startswith("seed 1 not paired: data")
+    assert found[2].marks[0].endswith("not recorded")
+
+
+def test_another_augmentation_is_not_paired(row):
+    manifests = {("layer_norm", 1): {"augmentation_hash": "aa"}}
+    found = row((0.90, 0.99, 0.92), (0.90, 0.90, 0.90), manifests)
+    assert found[2].marks == ("seed 1 not paired: augmentation",)
+
+
 def test_parameters_of_another_shape_or_path_are_not_common(row):
     manifests = {
         ("layer_norm", 0): {"init_hashes": {"norm1/scale": "8 aa", "head/kernel": "4x10 cc"}},

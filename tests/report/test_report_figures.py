@@ -115,7 +115,9 @@ def test_names_of_files_come_from_no_config(make_sweep, tmp_path):
 
 
 def test_a_swept_fields_file_names_the_field(make_sweep, tmp_path):
-    make_sweep(tmp_path, settings={f"size={size}": {} for size in (32, 2)}, norms=("batch_norm",))
+    make_sweep(
+        tmp_path, settings={f"$ghost_size$={size}": {} for size in (32, 2)}, norms=("batch_norm",)
+    )
     plan = json.loads((tmp_path / "sweep.json").read_text())
     for entry in plan["runs"]:
         size = int(entry["labels"]["setting"].partition("=")[2])
@@ -160,3 +162,17 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_figure(make_sweep, tmp_path, 
     with pytest.raises(MachineFault, match=r"figures' cannot be written: No space left"):
         write(tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_runs_of_other_settings_are_no_seeds_of_one_point(make_sweep, tmp_path):
+    """slow and fast at each batch size: two panels of two points, not one with both in a mean."""
+    names = [f"{rate}, batch_size={size}" for rate in ("slow", "fast") for size in (8, 16)]
+    make_sweep(tmp_path, settings={name: {} for name in names}, norms=("batch_norm",))
+    plan = json.loads((tmp_path / "sweep.json").read_text())
+    for entry in plan["runs"]:
+        entry["labels"]["train.batch_size"] = int(entry["labels"]["setting"].rpartition("=")[2])
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    assert list(plots.swept(load(tmp_path))) == [
+        ("train.batch_size", "slow"),
+        ("train.batch_size", "fast"),
+    ]

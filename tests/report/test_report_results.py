@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from normlab.errors import UserError
+from normlab.report.notes import warnings
+from normlab.report.published import beside
 from normlab.report.results import Line, outcome, overview, publish
 from normlab.report.rows import load
 from normlab.report.verdict import above, all_of, as_json, judge
@@ -28,7 +30,8 @@ EXPERIMENT = {
 @pytest.fixture
 def sweep(make_sweep, tmp_path):
     def run(setting, norm, seed):
-        accuracy = {"batch_norm": 0.92, "layer_norm": 0.90}[norm] + 0.001 * seed * len(norm)
+        start, rise = {"batch_norm": (0.92, 0.011), "layer_norm": (0.90, 0.010)}[norm]
+        accuracy = start + rise * seed
         return {"accuracy": accuracy, "manifest": {"started": "2026-11-21T12:00:00+00:00"}}
 
     folder = tmp_path / "runs"
@@ -84,7 +87,7 @@ def test_the_overview_says_what_the_results_say(sweep, tmp_path):
     assert smoke.startswith("| BatchNorm wins \\| always. | `normlab paper a_claim --scale=smoke`")
     assert "batch_norm 76.4 (another setting)" in smoke
     # (92.0 + 93.0 + 94.0) / 3
-    assert "batch_norm 93.00 ± 2.48 n=3" in smoke
+    assert "batch_norm 93.10 ± 2.73 n=3" in smoke
     assert "[reproduced](results/a_claim-smoke/report.md), 2026-11-21, commit 0000000" in smoke
     assert "not run here" in cpu
     assert (outcome(tmp_path, "a_claim", "smoke"), outcome(tmp_path, "a_claim", "cpu")) == (
@@ -117,3 +120,35 @@ def test_results_of_other_runs_are_not_replaced(sweep, tmp_path):
     with pytest.raises(UserError, match="keeps the results of other runs"):
         publish(sweep, tmp_path / "kept")
     assert path.read_bytes() == before
+
+
+def test_a_trial_with_overrides_is_not_the_scale_as_declared(sweep, tmp_path):
+    folder = tmp_path / "runs"
+    plan = json.loads((folder / "sweep.json").read_text())
+    assert warnings(sweep) == []
+    plan["experiment"]["published"][0]["same_setting"] = True
+    for overrides, subtracted in (({"data.path": "x"}, True), ({"train.num_epochs": 0.02}, False)):
+        plan["overrides"] = overrides
+        (folder / "sweep.json").write_text(json.dumps(plan))
+        found = load(folder)
+        [row] = beside(found, found.claim.published[0]).rows
+        assert (row[-1].text == "+16.70") == subtracted  # 93.1 − 76.4
+        told = "Not the scale as declared: the command line set train.num_epochs=0.02."
+        assert (told in warnings(found)) == (not subtracted)
+
+
+def test_a_published_value_stands_beside_the_field_that_it_is_of(make_sweep, tmp_path):
+    """Groups {2, 8} × batch {32, 2}: a row {2: ...} could be of either, so it is of neither."""
+    names = [f"num_groups={g}, batch_size={b}" for g in (2, 8) for b in (32, 2)]
+    make_sweep(tmp_path, settings={name: {} for name in names}, norms=("group_norm",))
+    plan = json.loads((tmp_path / "sweep.json").read_text())
+    for entry in plan["runs"]:
+        groups, size = (x.partition("=")[2] for x in entry["labels"]["setting"].split(", "))
+        entry["labels"] |= {"norm.num_groups": int(groups), "train.batch_size": int(size)}
+    rows = {"group_norm": {"2": {"value": 65.0}, "num_groups=8, batch_size=2": {"value": 70.0}}}
+    table = {"metric": "test_accuracy", "setting": "x", "same_setting": True, "rows": rows}
+    plan["experiment"] = EXPERIMENT | {"published": [table]}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    sweep = load(tmp_path)
+    found = {row[0].text: row[2].text for row in beside(sweep, sweep.claim.published[0]).rows}
+    assert found == {"num_groups=8, batch_size=2": "70.00"}

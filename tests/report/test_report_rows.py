@@ -250,3 +250,23 @@ def test_what_is_wrong_with_a_run_is_seen_on_every_page(make_sweep, tmp_path, da
     for mark in marks:
         assert mark in page
         assert mark in text
+
+
+def test_a_run_resumed_elsewhere_says_so(make_run, tmp_path):
+    resumed = [{"git_commit": "f" * 40, "versions": {"jax": "0.4.0"}}, "damaged"]
+    make_run(tmp_path / "a", manifest={"resumed": resumed})
+    [row] = load(tmp_path).rows
+    assert row.notes == (
+        f"resumed under another git commit: {'f' * 12}, begun under {'0' * 12}",
+        "resumed under another jax: 0.4.0, begun under 0.10.2",
+    )
+    assert any("resumed under another jax" in note for note in warnings(load(tmp_path)))
+
+
+def test_an_accuracy_that_is_no_fraction_is_left_out(make_run, tmp_path):
+    folder = make_run(tmp_path / "a")
+    result = json.loads((folder / "result.json").read_text()) | {"test_accuracy": 93.5}
+    (folder / "result.json").write_text(json.dumps(result))
+    [row] = load(tmp_path).rows
+    assert row.number("test_accuracy") is None
+    assert row.notes == ("result.json: test_accuracy = 93.5 is not from 0 to 1, left out",)

@@ -51,8 +51,22 @@ def test_no_value_has_no_mean():
     assert summarize([]).mean is None
 
 
-def test_equal_values_have_an_interval_of_width_zero():
-    assert summarize([0.25, 0.25, 0.25]).interval.half_width == 0.0
+def test_equal_values_have_no_interval():
+    summary = summarize([0.25, 0.25, 0.25])
+    assert (summary.mean, summary.std, summary.interval) == (0.25, 0.0, None)
+
+
+@pytest.mark.parametrize("comparisons", [1, 15])
+def test_equals_measured_in_whole_images_are_not_declared_different(comparisons):
+    """Accuracies of 360 images, whose spread is one image: seeds often fall on the same count."""
+    draw = np.random.default_rng(0)
+    false = 0
+    for _ in range(4_000):
+        a, b = (np.round(draw.normal(355, 1, 3)) / 360 for _ in range(2))
+        false += paired_difference(dict(enumerate(a)), dict(enumerate(b)), comparisons).decided
+    stated = 0.05 / comparisons
+    # Three standard errors of the count, and a tenth for what rounding does to the t interval.
+    assert false / 4_000 < 1.1 * stated + 3 * (stated / 4_000) ** 0.5
 
 
 def test_the_page_tells_the_true_width_of_intervals(make_sweep, tmp_path):

@@ -47,7 +47,7 @@ def test_a_measured_diverged_run_counts_and_is_marked(cell):
 
 def test_a_diverged_run_without_measurement_is_marked(cell):
     runs = ("done", 0.9), ("diverged", None), ("done", 0.9)
-    assert cell(*runs) == "90.00 ± 0.00 n=2 (1/3 diverged)"
+    assert cell(*runs) == "90.00 n=2 (1/3 diverged)"
 
 
 def test_all_diverged_without_measurement(cell):
