@@ -1,5 +1,6 @@
 """Experiments: what is refused when one is loaded, and that each runs at its smallest scale."""
 
+import errno
 import json
 import re
 import textwrap
@@ -308,6 +309,22 @@ def test_what_would_be_ignored_is_refused(capsys, arguments, message):
     assert message in error
     assert error.count("\n") == 1
     assert (page.stat().st_mtime_ns, page.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_the_readme_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(experiments, "experiments_folder", lambda: tmp_path)
+    (tmp_path / "README.md").write_text("as it was")
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["paper", "--readme"]) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "as it was"
+    monkeypatch.undo()
+    monkeypatch.setattr(experiments, "experiments_folder", lambda: tmp_path)
+    assert main(["paper", "--readme"]) == 0
+    assert (tmp_path / "README.md").read_text().startswith("# Experiments")
 
 
 def test_the_list_says_what_a_command_needs_besides(capsys):
