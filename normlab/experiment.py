@@ -6,15 +6,16 @@ not for their value.
 """
 
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from normlab.errors import UserError, nearest, unknown
-from normlab.grid import Grid, grid, settings, tune
+from normlab.grid import Grid, Point, grid, settings, tune
+from normlab.report.files import one_line
 from normlab.report.row import Row, Sweep
 from normlab.report.statistics import INTERVALS
 from normlab.report.verdict import Hypothesis, Verdict, above, all_of, close
@@ -110,9 +111,9 @@ class Experiment:
         return Scale(
             there.config,
             there.overrides,
-            there.sweep or self.sweep,
-            there.seeds or self.seeds,
-            there.verdict or self.verdict,
+            self.sweep if there.sweep is None else there.sweep,
+            self.seeds if there.seeds is None else there.seeds,
+            self.verdict if there.verdict is None else there.verdict,
             there.cost,
             there.claim or self.claim,
         )
@@ -155,6 +156,16 @@ def load_experiment(path_text: str) -> tuple[str, Experiment]:
     together.
     """
     path = _find(path_text)
+    try:
+        experiment = _execute(path)
+        _check(experiment)
+    except UserError as error:
+        raise UserError(f"experiment {str(path)!r}: {error}") from error
+    return path.stem, experiment
+
+
+def _execute(path: Path) -> Experiment:
+    """Returns a file's EXPERIMENT; raises UserError for whatever its code does instead."""
     spec = importlib.util.spec_from_file_location(f"normlab_experiment_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -163,15 +174,16 @@ def load_experiment(path_text: str) -> tuple[str, Experiment]:
     try:
         spec.loader.exec_module(module)
         experiment = module.EXPERIMENT
-    except UserError as error:
-        raise UserError(f"experiment {str(path)!r}: {error}") from error
+    except UserError:
+        raise
+    except SystemExit as error:
+        raise UserError(f"the file does not load: it calls sys.exit({error})") from error
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"experiment {str(path)!r} does not load: {reason}") from error
+        raise UserError(f"the file does not load: {reason}") from error
     if not isinstance(experiment, Experiment):
-        raise UserError(f"experiment {str(path)!r}: EXPERIMENT is no Experiment")
-    _check(str(path), experiment)
-    return path.stem, experiment
+        raise UserError(f"EXPERIMENT is {_shown(experiment)}, no Experiment")
+    return experiment
 
 
 def _find(text: str) -> Path:
@@ -196,47 +208,110 @@ def experiment_files() -> list[Path]:
     return sorted(file for file in files if not file.name.startswith("_"))
 
 
-def _check(path: str, experiment: Experiment) -> None:
-    """Raises UserError for an unknown interval, and a number that no run could stand beside."""
-    if experiment.interval not in INTERVALS:
-        raise UserError(
-            f"experiment {path!r}: {unknown('interval', str(experiment.interval), INTERVALS)}"
-        )
-    sweeps = [experiment.at(scale).sweep or experiment.sweep for scale in experiment.scales]
-    norms = {point.fields.get("norm") for points in sweeps for point in points} - {None}
-    for table in experiment.published:
-        if table.metric not in METRICS:
-            raise UserError(
-                f"experiment {path!r}: {unknown('published metric', table.metric, METRICS)}"
-            )
-        for scale in table.scales:
-            if scale not in experiment.scales:
-                raise UserError(
-                    f"experiment {path!r}: {unknown('scale', scale, experiment.scales)}"
-                )
-        for norm, row in table.rows.items():
-            if norms and norm not in norms:
-                options = sorted(map(str, norms))
-                raise UserError(
-                    f"experiment {path!r}: published row {norm!r} is in no sweep"
-                    f"{nearest(norm, options)}"
-                )
-            _check_places(path, norm, row, sweeps)
+# What fits together ------------------------------------------------------------------------------
+
+_SCALE: tuple[tuple[str, Any, str], ...] = (
+    ("config", str, "FILE.py[:choices]"),
+    ("overrides", Mapping, "{field: value}"),
+    ("sweep", Grid, "what grid() returns"),
+    ("seeds", int, "a number of seeds"),
+    ("verdict", Callable, "a function of the rows"),
+    ("cost", str, "text"),
+    ("claim", str, "text"),
+)
+"""What each field of a scale is, and what to call it."""
+
+_PUBLISHED: tuple[tuple[str, Any, str], ...] = (
+    ("rows", Mapping, "{normalizer: number}"),
+    ("setting", str, "text"),
+    ("source", str, "text"),
+    ("sure", str, "text"),
+    ("scales", (tuple, list), "a tuple of names"),
+)
 
 
-def _check_places(
-    path: str, norm: str, row: Number | Mapping[Any, Number], sweeps: list[Grid]
-) -> None:
-    numbers = row.values() if isinstance(row, Mapping) else [row]
-    for number in numbers:
-        value = number.value if isinstance(number, Measured) else number
-        if not 0 <= value <= 100 or math.isnan(value):
-            raise UserError(f"experiment {path!r}: published {value} of {norm!r} is no percentage")
-    if not isinstance(row, Mapping):
-        return
+def _check(experiment: Experiment) -> None:
+    """Raises UserError for a field of the wrong kind, and a number that no run could stand beside.
+
+    The declarations are a person's own Python file, so nothing in them is taken for granted.
+    """
+    if str(experiment.interval) not in INTERVALS:
+        raise unknown("interval", str(experiment.interval), INTERVALS)
+    _require("scales", experiment.scales, Mapping, "{name: config or Scale}")
+    if not experiment.scales:
+        raise UserError("scales is {}: it names no scale")
+    for name, there in experiment.scales.items():
+        _require("the name of a scale", name, str, "text")
+        _require(f"scales[{name!r}]", there, (str, Scale), "a config or a Scale")
+        _check_scale(name, experiment.at(name))
+    tables = experiment.paper if isinstance(experiment.paper, (tuple, list)) else [experiment.paper]
+    for table in tables:
+        _require("paper", table, Published, "a Published or a tuple of them")
+        _check_published(table, experiment)
+
+
+def _check_scale(name: str, scale: Scale) -> None:
+    where = f" at scale {name!r}"
+    for field_name, kind, wanted in _SCALE:
+        _require(f"{field_name}{where}", getattr(scale, field_name), kind, wanted)
+    for field_name in scale.overrides:
+        _require(f"a field of the overrides{where}", field_name, str, "text")
+    assert scale.sweep is not None
+    assert scale.seeds is not None
+    if scale.seeds < 1:
+        raise UserError(f"seeds{where} is {scale.seeds}, and must be 1 or more")
+    if not len(scale.sweep):
+        raise UserError(f"sweep{where} is an empty Grid: it has no point, so there is no run")
+    seen: dict[Any, Point] = {}
+    for point in scale.sweep:
+        _require(f"a point of the sweep{where}", point, Point, "a Point")
+        norm = point.fields.get("norm", "")
+        _require(f"norm in the sweep{where}", norm, str, "a normalizer's name")
+        first = seen.setdefault((point.setting, norm, str(dict(point.tuned))), point)
+        for field_name in dict.fromkeys([*first.fields, *point.fields]):
+            a, b = (x.fields.get(field_name, "its default") for x in (first, point))
+            if a != b:
+                label = " · ".join(filter(None, (point.setting, norm)))
+                raise UserError(
+                    f"sweep{where} has two points called {label!r}, with {field_name} = {a} and "
+                    f"{b}; name them with settings({{name: fields}})"
+                )
+
+
+def _check_published(table: Published, experiment: Experiment) -> None:
+    if table.metric not in METRICS:
+        raise unknown("published metric", str(table.metric), METRICS)
+    for field_name, kind, wanted in _PUBLISHED:
+        _require(f"paper.{field_name}", getattr(table, field_name), kind, wanted)
+    for scale in table.scales:
+        _require("a scale of paper.scales", scale, str, "text")
+        if scale not in experiment.scales:
+            raise unknown("scale", scale, experiment.scales)
+    points = [p for name in experiment.scales for p in experiment.at(name).sweep or ()]
+    norms = {point.fields.get("norm") for point in points} - {None}
+    for norm, row in table.rows.items():
+        if norms and norm not in norms:
+            close_to = nearest(str(norm), sorted(map(str, norms)))
+            raise UserError(f"published row {norm!r} is in no sweep{close_to}")
+        cells = row if isinstance(row, Mapping) else {"": row}
+        for number in cells.values():
+            _check_number(norm, number if isinstance(number, Measured) else Measured(number))
+        if isinstance(row, Mapping):
+            _check_places(norm, row, points)
+
+
+def _check_number(norm: str, number: Measured) -> None:
+    _require(f"published number of {norm!r}", number.value, (int, float), "a percentage")
+    _require(f"published std of {norm!r}", number.std, (int, float, NoneType), "a percentage")
+    _require(f"published n of {norm!r}", number.n, (int, NoneType), "a number of runs")
+    for value in (number.value, number.std or 0.0):
+        if not 0 <= value <= 100:  # nor is NaN
+            raise UserError(f"published {value} of {norm!r} is no percentage")
+
+
+def _check_places(norm: str, row: Mapping[Any, Number], points: list[Point]) -> None:
     places = {
         str(place)
-        for points in sweeps
         for point in points
         if point.fields.get("norm", norm) == norm
         for place in (point.setting, *(point.swept.values() if len(point.swept) == 1 else ()))
@@ -244,6 +319,49 @@ def _check_places(
     for place in row:
         if str(place) not in places:
             raise UserError(
-                f"experiment {path!r}: published row {norm!r} has {place!r}, which no sweep has"
+                f"published row {norm!r} has {place!r}, which no sweep has"
                 f"{nearest(str(place), sorted(places))}"
             )
+
+
+def check_verdict(verdict: VerdictFunction | None, cells: Iterable[tuple[str, str]]) -> None:
+    """Raises UserError for a hypothesis about a cell that is not planned.
+
+    `cells` are (normalizer, setting) of the planned runs. Only the verdicts of `all_of` say before
+    the runs what they are about.
+    """
+    cells = dict.fromkeys(cells)
+    settings_of = {norm: [s for n, s in cells if n == norm] for norm, _ in cells}
+    several = {setting for _, setting in cells}
+    for hypothesis in getattr(verdict, "hypotheses", ()):
+        _require("a hypothesis of the verdict", hypothesis, Hypothesis, "above(...) or close(...)")
+        for place in (hypothesis.a, hypothesis.b):
+            is_pair = isinstance(place, tuple) and len(place) == 2
+            norm, setting = place if is_pair else (place, None)
+            if not isinstance(norm, str) or not isinstance(setting, (str, NoneType)):
+                raise UserError(
+                    f"verdict: {_shown(place)} is neither a normalizer nor (normalizer, setting)"
+                )
+            if norm not in settings_of:
+                raise UserError(
+                    f"verdict: the sweep has no normalizer {norm!r}{nearest(norm, settings_of)}"
+                )
+            if setting is None and len(several) > 1:
+                raise UserError(
+                    f"verdict: {norm!r} stands in {len(several)} settings; name one, as in "
+                    f"({norm!r}, {settings_of[norm][0]!r})"
+                )
+            if setting is not None and setting not in settings_of[norm]:
+                raise UserError(
+                    f"verdict: the sweep has no setting {setting!r} with {norm!r}"
+                    f"{nearest(setting, settings_of[norm])}"
+                )
+
+
+def _require(what: str, value: Any, kind: Any, wanted: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{what} is {_shown(value)}, not {wanted}")
+
+
+def _shown(value: Any) -> str:
+    return one_line(repr(value))[:100]

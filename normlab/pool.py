@@ -117,12 +117,18 @@ def default_jobs(threads: int) -> int:
 
 
 def _settled_state(folder: Path) -> str | None:
-    """Returns `done` or `diverged` for a finished run, None for one that is to be run."""
+    """Returns `done` or `diverged` for a finished run, None for one that is to be run.
+
+    A finished run's status.json, if it is damaged, is written again.
+    """
     try:
         result = run.read_result(folder)
     except UserError:
         return None
-    return result["status"] if result else None
+    if result is None:
+        return None
+    run.note_result(folder, result)
+    return result["status"]
 
 
 def _work(

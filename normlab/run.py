@@ -145,6 +145,16 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
+def note_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes status.json of a finished run again if it is damaged or says something else."""
+    with contextlib.suppress(UserError):
+        if (read_json(folder / "status.json") or {}).get("status") == result["status"]:
+            return
+    steps, culprit = result.get("steps"), result.get("diverged_metric")
+    message = f"{culprit} not finite from step {result.get('diverged_step')}" if culprit else ""
+    write_status(folder, result["status"], steps if isinstance(steps, int) else 0, message)
+
+
 def last_timing(folder: Path) -> dict[str, float]:
     """Returns the last line of timing.jsonl; {} if there is none."""
     return (read_lines(folder / "timing.jsonl") or [{}])[-1]
@@ -270,7 +280,14 @@ def write_status(folder: Path, status: str, step: int, message: str = "") -> Non
 
 
 def read_status(folder: Path) -> str:
-    """Returns the run's state; `planned` without one, `interrupted` if its process is gone."""
+    """Returns the run's state; `planned` without one, `interrupted` if its process is gone.
+
+    A result decides: a run that has one is finished, whatever status.json says.
+    """
+    with contextlib.suppress(UserError):
+        result = read_result(folder)
+        if result is not None:
+            return result["status"]
     status = (read_json(folder / "status.json") or {}).get("status", "planned")
     if status == "running" and not is_locked(folder):
         return "interrupted"

@@ -1,6 +1,8 @@
 """Experiments: what is refused when one is loaded, and that each runs at its smallest scale."""
 
+import errno
 import json
+import re
 import textwrap
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from normlab import experiment as experiments
 from normlab.cli import main
 from normlab.errors import UserError
-from normlab.experiment import experiment_files, load_experiment
+from normlab.experiment import check_verdict, experiment_files, load_experiment
 from normlab.sweep import make_plan
 
 TINY = {"model.widths": "(4,)", "train.num_steps": "4", "probe.layer": "none"}
@@ -20,10 +22,10 @@ EXPERIMENT = Experiment(
     claim="Normalizers change what a small net learns.",
     paper=Published(
         metric="test_accuracy", rows={rows}, setting="digits", source="nowhere", scales=("smoke",)
-    ),
-    scales={{"smoke": Scale("configs/digits.py", {fields})}},
+    ) if {published} else None,
+    scales={scales} or {{"smoke": Scale("configs/digits.py", {fields})}},
     sweep={sweep},
-    seeds=2,
+    seeds={seeds},
     verdict={verdict},
     interval={interval},
 )
@@ -44,11 +46,21 @@ def write(tmp_path):
         sweep="grid({'norm': ['none', 'layer_norm']})",
         verdict="all_of(above('layer_norm', 'none'))",
         interval="'t'",
+        seeds="2",
+        scales="{}",
+        published=True,
     ):
         path = tmp_path / "an_experiment.py"
         path.write_text(
             textwrap.dedent(SOURCE).format(
-                rows=rows, fields=fields, sweep=sweep, verdict=verdict, interval=interval
+                rows=rows,
+                fields=fields,
+                sweep=sweep,
+                verdict=verdict,
+                interval=interval,
+                seeds=seeds,
+                scales=scales,
+                published=published,
             )
         )
         return str(path)
@@ -102,12 +114,65 @@ def test_an_experiment_is_found_by_its_name_or_its_file(write):
         ({"interval": "95"}, "unknown interval '95'; one of t, bootstrap"),
         ({"sweep": "nothing"}, "does not load: name 'nothing' is not defined"),
         ({"sweep": "grid({'norm': ['none']}"}, "does not load"),
+        ({"sweep": "__import__('sys').exit(3)"}, r"does not load: it calls sys\.exit\(3\)"),
+        ({"rows": "{'none': '92'}"}, "published number of 'none' is '92', not a percentage"),
+        ({"rows": "{'none': Measured(92.0, n='5')}"}, "published n of 'none' is '5'"),
+        ({"rows": "{'none': Measured(92.0, float('nan'))}"}, "published nan of 'none'"),
+        ({"rows": "5"}, "paper.rows is 5, not {normalizer: number}"),
+        ({"published": False}, "paper is None, not a Published"),
+        ({"scales": "{'smoke': 5}"}, r"scales\['smoke'\] is 5, not a config or a Scale"),
+        ({"scales": "[1]"}, r"scales is \[1\], not {name: config or Scale}"),
+        ({"scales": "{'smoke': Scale('c', seeds=0)}"}, "seeds at scale 'smoke' is 0"),
+        ({"scales": "{'smoke': Scale('c', sweep=Grid(()))}"}, "'smoke' is an empty Grid"),
+        ({"fields": ["a"]}, r"overrides at scale 'smoke' is \['a'\], not {field: value}"),
+        ({"fields": {5: 1}}, "a field of the overrides at scale 'smoke' is 5"),
+        ({"seeds": "2.5"}, "seeds at scale 'smoke' is 2.5, not a number of seeds"),
+        ({"seeds": "'3'"}, "seeds at scale 'smoke' is '3'"),
+        ({"seeds": "[1, 2]"}, r"seeds at scale 'smoke' is \[1, 2\]"),
+        ({"seeds": "0"}, "seeds at scale 'smoke' is 0, and must be 1 or more"),
+        ({"sweep": "{'norm': ['none']}"}, "sweep at scale 'smoke' is {'norm': .*not what grid"),
+        ({"sweep": "[1, 2]"}, r"sweep at scale 'smoke' is \[1, 2\], not what grid"),
+        ({"sweep": "Grid(())"}, "sweep at scale 'smoke' is an empty Grid"),
+        ({"sweep": "grid({'norm': [['none'], 'x']})"}, r"norm in the sweep .* is \['none'\]"),
+        (
+            {
+                "sweep": "grid({'norm': ['none']}, {'optim.base_lr': 0.1})"
+                " + grid({'norm': ['none']}, {'optim.base_lr': 0.5})"
+            },
+            "two points called 'base · none', with optim.base_lr = 0.1 and 0.5",
+        ),
+        ({"verdict": "'yes'"}, "verdict at scale 'smoke' is 'yes', not a function of the rows"),
     ],
 )
 def test_a_mistake_in_a_declaration_is_one_line(write, change, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_experiment(write(**change))
+        load_experiment(path := write(**change))
+    assert path in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        ("above('bach_norm', 'none')", "no normalizer 'bach_norm'; did you mean 'batch_norm'"),
+        ("above('none', 'batch_norm')", "'none' stands in 2 settings; name one, as in ('none', "),
+        ("close(('none', 'a'), ('none', 'c'), 1)", "no setting 'c' with 'none'; one of a, b"),
+        ("close(('none', 'a'), ('batch_norm', 'b'), 1)", "no setting 'b' with 'batch_norm'"),
+        ("above(['none'], 'none')", "['none'] is neither a normalizer nor"),
+        ("'none'", "a hypothesis of the verdict is 'none'"),
+    ],
+)
+def test_a_hypothesis_about_what_is_not_planned_is_refused(write, verdict, message):
+    _, experiment = load_experiment(write(verdict=f"all_of({verdict})"))
+    cells = [("none", "a"), ("none", "b"), ("batch_norm", "a")]
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_verdict(experiment.verdict, cells)
+
+
+def test_a_hypothesis_about_what_is_planned_is_not_refused(write):
+    _, experiment = load_experiment(write(verdict="all_of(above('none', ('batch_norm', 'a')))"))
+    check_verdict(experiment.verdict, [("none", "a"), ("batch_norm", "a")])
+    check_verdict(lambda sweep: None, [])  # says nothing before the runs
 
 
 @pytest.mark.parametrize(
@@ -118,6 +183,7 @@ def test_a_mistake_in_a_declaration_is_one_line(write, change, message):
         ({}, ["--scale=paper"], "unknown scale 'paper'; one of smoke"),
         ({}, ["--seeds=0"], "--seeds=0 must be 1 or more"),
         ({}, ["--config.seed=1"], "seed=1 is set"),
+        ({"verdict": "all_of(above('layer_norm', 'nune'))"}, [], "no normalizer 'nune'"),
         (
             {"sweep": "grid({'norm': ['none'], 'optim.base_lr': [0.1]})"},
             ["--config.optim.base_lr=1.0"],
@@ -138,13 +204,23 @@ def test_a_mistake_in_a_sweep_ends_it_before_any_run(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not list(folder.glob("*/config.json"))
+    assert not folder.exists()
 
 
-def test_a_verdict_that_raises_is_told_after_the_runs_are_done(write, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        ("lambda sweep: 1 / 0", "ZeroDivisionError: division by zero"),
+        ("lambda sweep: exit('no')", "SystemExit: no"),
+        ("lambda sweep: Verdict('reproduced', ({1},), '')", "sentence {1} is no text"),
+    ],
+)
+def test_a_verdict_that_fails_is_told_after_the_runs_are_done(
+    write, tmp_path, capsys, verdict, message
+):
     folder = tmp_path / "sweep"
-    assert main(["sweep", write(verdict="lambda sweep: 1 / 0"), f"--workdir={folder}"]) == 0
-    assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
+    assert main(["sweep", write(verdict=verdict), f"--workdir={folder}"]) == 0
+    assert message in capsys.readouterr().out
     assert "No verdict." in (folder / "report.md").read_text()
 
 
@@ -211,6 +287,55 @@ def test_a_papers_page_is_kept_beside_the_experiments(tmp_path, capsys):
     listed = capsys.readouterr().out
     assert len(listed.splitlines()) == sum(len(load_experiment(x)[1].scales) for x in names())
     assert "not run" in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--readme", "--results=TYPO"], "--results=TYPO has no meaning for --readme"),
+        (["--readme", "batch_norm_mnist"], "'batch_norm_mnist' has no meaning for --readme"),
+        (["--readme", "--scale=cpu"], "--scale=cpu has no meaning for --readme"),
+        (["--readme", "--redo-other-commits"], "--redo-other-commits has no meaning"),
+        (["--seeds=0"], "--seeds=0 has no meaning for a list of all"),
+        (["--threads=1"], "--threads=1 has no meaning for a list of all"),
+        (["--config.train.num_steps=4"], "--config.train.num_steps=4 has no meaning"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(capsys, arguments, message):
+    page = experiments.experiments_folder() / "README.md"
+    before = page.stat()
+    assert main(["paper", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (page.stat().st_mtime_ns, page.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_the_readme_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(experiments, "experiments_folder", lambda: tmp_path)
+    (tmp_path / "README.md").write_text("as it was")
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["paper", "--readme"]) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "as it was"
+    monkeypatch.undo()
+    monkeypatch.setattr(experiments, "experiments_folder", lambda: tmp_path)
+    assert main(["paper", "--readme"]) == 0
+    assert (tmp_path / "README.md").read_text().startswith("# Experiments")
+
+
+def test_the_list_says_what_a_command_needs_besides(capsys):
+    assert main(["paper"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    needs_data = {tuple(x.split()[:2]) for x in lines if x.endswith("--config.data.path=PATH")}
+    assert needs_data == {
+        ("batch_norm_mnist", "cpu"),
+        ("normalizer_comparison", "cpu"),
+        ("normalizer_comparison", "cifar"),
+    }
 
 
 def test_the_readme_of_the_experiments_is_what_their_results_say():

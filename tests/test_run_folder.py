@@ -68,3 +68,25 @@ def test_a_failure_leaves_its_reason(tmp_path):
         fail()
     status = run.read_json(tmp_path / "status.json")
     assert (status["status"], status["message"]) == ("failed", "first line")
+
+
+@pytest.mark.parametrize("status", [None, "{", '{"status": "running"}', '{"status": "done"}'])
+def test_a_result_decides_what_state_a_run_is_in(tmp_path, status):
+    if status is not None:
+        (tmp_path / "status.json").write_text(status)
+    culprit = {"diverged_metric": "loss", "diverged_step": 31}
+    result = {"status": "diverged", "steps": 40, "test_accuracy": None, **culprit}
+    run.write_json(tmp_path / "result.json", result)
+    assert run.read_status(tmp_path) == "diverged"
+    run.note_result(tmp_path, result)
+    assert run.read_json(tmp_path / "status.json") == {
+        "status": "diverged",
+        "step": 40,
+        "message": "loss not finite from step 31",
+    }
+
+
+def test_a_status_that_agrees_with_the_result_is_left(tmp_path):
+    run.write_status(tmp_path, "diverged", 40, "its own words")
+    run.note_result(tmp_path, {"status": "diverged", "steps": 40})
+    assert run.read_json(tmp_path / "status.json")["message"] == "its own words"

@@ -88,6 +88,17 @@ def test_a_sweep_runs_all_and_then_nothing(tmp_path):
     assert (again, events) == (states, [])
 
 
+def test_a_damaged_status_of_a_finished_run_is_written_again(tmp_path):
+    plan = plan_of(norms=("none",))
+    execute(plan, tmp_path)
+    path = tmp_path / plan.runs[0].id / "status.json"
+    before = path.read_bytes()
+    path.write_text("{")
+    states, events = execute(plan, tmp_path)
+    assert (set(states.values()), events) == ({"done"}, [])
+    assert path.read_bytes() == before
+
+
 def test_a_larger_plan_adds_only_what_is_new(tmp_path):
     execute(plan_of(norms=("none",)), tmp_path)
     states, events = execute(plan_of(norms=("none", "layer_norm")), tmp_path)

@@ -26,10 +26,11 @@ def main(args: argparse.Namespace) -> int:
     from normlab import report
     from normlab.errors import unknown
     from normlab.report.statistics import INTERVALS
+    from normlab.run import is_locked
 
     if args.interval is not None and args.interval not in INTERVALS:
         raise unknown("interval", args.interval, INTERVALS)
-    sweep = report.load(args.directory)
+    sweep = report.load(args.directory, alive=is_locked)
     sweep = replace(sweep, interval=args.interval or sweep.interval)
     report.show(sweep, sys.stdout)
     report.show_paths(report.write(args.directory, sweep), sys.stdout)

@@ -37,6 +37,7 @@ def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) 
     """Does what `main` says for an experiment that is loaded."""
     from normlab import run, sweep
     from normlab.config import layered
+    from normlab.experiment import check_verdict
     from normlab.report import verdict
 
     check_run_arguments(args)
@@ -51,6 +52,7 @@ def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) 
         overrides=layered(scale.overrides, args.overrides),
         experiment=experiment.facts(name, args.scale),
     )
+    check_verdict(scale.verdict, [(x.labels["norm"], x.labels["setting"]) for x in plan.runs])
 
     def judge(results: verdict.Sweep) -> None:
         assert scale.verdict is not None

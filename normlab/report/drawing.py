@@ -3,8 +3,9 @@
 import csv
 import io
 import re
-from typing import TextIO
+from typing import Any, TextIO
 
+from normlab.report.files import as_number
 from normlab.report.row import Sweep
 from normlab.report.tables import Cell, Table
 
@@ -83,14 +84,21 @@ def csv_text(sweep: Sweep) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     what = ("setting", "norm", "tuned", "seed", "id", "shared_with", "state", "step")
     versions = [key.replace(" ", "_") for key in made_with]
-    writer.writerow([*what, *labels, *metrics, *versions, "message", "notes"])
+    heads = [*what, *labels, *metrics, *versions, "message", "notes"]
+    writer.writerow(map(_inert, heads))
     for row in sweep.rows:
         line = [getattr(row, name) for name in what]
         line += [row.labels.get(key, "") for key in labels]
         line += [row.result.get(key, "") for key in metrics]
         line += [row.provenance.get(key, "") for key in made_with]
-        writer.writerow([*line, row.message, "; ".join(row.notes)])
+        writer.writerow(map(_inert, [*line, row.message, "; ".join(row.notes)]))
     return stream.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    """Returns a cell that a spreadsheet shows: text that it would compute begins with a quote."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+    return f"'{value}" if formula and as_number(value) is None else value
 
 
 def show(table: Table, stream: TextIO) -> None:

@@ -5,9 +5,10 @@ such folders back, so that `experiments/README.md` says what they say and nothin
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from normlab.errors import UserError
@@ -17,6 +18,7 @@ from normlab.report.drawing import csv_text, escape_markdown
 from normlab.report.page import html
 from normlab.report.published import numbers
 from normlab.report.row import Row, Sweep, digest
+from normlab.report.verdict import BROKEN, OUTCOMES
 
 ROWS = "rows.json"
 
@@ -25,8 +27,9 @@ def publish(sweep: Sweep, folder: Path) -> list[Path]:
     """Writes rows.json, report.md, report.html, rows.csv and figures; returns their paths.
 
     Results of the same runs, or of fewer, are replaced. Raises UserError, and writes nothing, for
-    others: a trial with other fields must not pass for what was kept; and for a sweep that is no
-    experiment's or has no verdict of these rows.
+    others: a trial with other fields must not pass for what was kept; for a sweep that is no
+    experiment's or has no verdict of these rows; and where a verdict is kept and this one's code
+    failed.
     """
     from normlab.run import write_text
 
@@ -37,6 +40,11 @@ def publish(sweep: Sweep, folder: Path) -> list[Path]:
         raise UserError(
             f"{str(folder)!r} keeps the results of other runs; move it away, or name another "
             "folder with --results"
+        )
+    if kept is not None and kept["outcome"] in OUTCOMES and sweep.claim.outcome == BROKEN:
+        raise UserError(
+            f"{str(folder)!r} keeps the verdict {kept['outcome']!r}, and this one's code failed; "
+            "mend it and run the same command again"
         )
     drawn = plots.figures(sweep)
     texts = {
@@ -86,6 +94,12 @@ class Line:
     scale: str
     claim: str
     cost: str  # e.g. "10 minutes on 2 cores"
+    options: str = ""  # what the command needs besides, e.g. "--config.data.path=PATH"
+
+    @property
+    def command(self) -> str:
+        """The command that runs it, with a word in capitals for what a person must fill in."""
+        return f"normlab paper {self.name} --scale={self.scale} {self.options}".strip()
 
 
 def overview(lines: Iterable[Line], results: Path) -> str:
@@ -93,13 +107,14 @@ def overview(lines: Iterable[Line], results: Path) -> str:
     parts = [
         "# Experiments\n\nOne file a claim of a paper. `normlab paper` lists them; `normlab paper "
         "NAME --scale=SCALE` runs one, resumably, and writes its page to `results/`. This page is "
-        "written by `normlab paper --readme` from the results that are there.\n",
+        "written by `normlab paper --readme` from the results that are there. PATH is the data's "
+        "on disk; see [data.md](../docs/data.md).\n",
         "| claim | command | published (%) | ours (%) | verdict |\n| --- | --- | --- | --- | --- |",
     ]
     for line in lines:
         found = _read(results / f"{line.name}-{line.scale}")
-        command = f"normlab paper {line.name} --scale={line.scale}"
-        cells = [escape_markdown(line.claim), f"`{command}` ({escape_markdown(line.cost)})"]
+        cost = f" ({escape_markdown(line.cost)})" if line.cost else ""
+        cells = [escape_markdown(line.claim), f"`{line.command}`{cost}"]
         if found is None:
             cells += ["", "not run here", ""]
         else:
@@ -120,10 +135,37 @@ def _read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert {"numbers", "outcome", "provenance", "rows"} <= found.keys()
-    except (ValueError, AssertionError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} holds no results") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} holds no results: {error}") from error
+    _check(path, "", found, _RESULTS)
+    for number in found["numbers"]:
+        _check(path, "numbers: ", number, _NUMBER)
+    for row in found["rows"]:
+        _check(path, "rows: ", row, _ROW)
+    _check(path, "provenance: ", found["provenance"], dict.fromkeys(found["provenance"], dict))
     return found
+
+
+_RESULTS = {"outcome": str, "numbers": list, "provenance": dict, "rows": list}
+_NUMBER = {
+    "norm": str,
+    "setting": str,
+    "ours": str,
+    "paper": (int, float, NoneType),
+    "same_setting": bool,
+}
+_ROW = {"id": str, "started": str}
+"""What is read of rows.json, and of which kind."""
+
+
+def _check(path: Path, where: str, values: Any, fields: Mapping[str, Any]) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} is damaged: {where}{values!r} is no object"[:300])
+    for name, kind in fields.items():
+        if name not in values:
+            raise UserError(f"{str(path)!r} is damaged: {where}{name!r} is missing")
+        if not isinstance(values[name], kind):
+            raise UserError(f"{str(path)!r} is damaged: {where}{name!r} is {values[name]!r}"[:300])
 
 
 def _cells(found: dict[str, Any], page: str) -> list[str]:
@@ -134,11 +176,22 @@ def _cells(found: dict[str, Any], page: str) -> list[str]:
             mark = "" if number["same_setting"] else " (another setting)"
             published.append(escape_markdown(f"{where} {number['paper']:g}{mark}"))
         ours.append(escape_markdown(f"{where} {number['ours']}"))
-    days = sorted({row["started"][:10] for row in found["rows"] if row["started"]})
-    when = f", {days[0]}" if days else ""
-    commits = ", ".join(commit[:7] for commit in found["provenance"].get("git commit", {}))
-    verdict = f"[{found['outcome']}]({page}){when}, commit {commits}"
+    verdict = ", ".join([f"[{found['outcome']}]({page})", *_made(found)])
     return ["<br>".join(published), "<br>".join(ours), verdict]
+
+
+def _made(found: dict[str, Any]) -> list[str]:
+    """Returns when and with what the rows were made; the version of jax where there are several."""
+    days = sorted({row["started"][:10] for row in found["rows"] if row["started"]})
+    when = [" to ".join(dict.fromkeys((days[0], days[-1])))] if days else []
+    commits = []
+    for commit in found["provenance"].get("git commit", {}):
+        digits, _, changes = commit.partition(" ")
+        commits.append(f"{digits[:7]} {changes}".strip())
+    versions = sorted(found["provenance"].get("jax", {}))
+    jax = [f"jax {', '.join(versions)}"] if len(versions) > 1 else []
+    made = [*when, *([f"commit {', '.join(commits)}"] if commits else []), *jax]
+    return [escape_markdown(part) for part in made]
 
 
 def _place(number: dict[str, Any]) -> str:

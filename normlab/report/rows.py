@@ -29,7 +29,7 @@ from normlab.report.files import (
     resumed_elsewhere,
     sane,
 )
-from normlab.report.row import STATES, Row, Sweep
+from normlab.report.row import MEASURED, STATES, Row, Sweep
 from normlab.report.selection import choose
 
 _NOT_A_SETTING = re.compile(
@@ -243,8 +243,10 @@ def _read_run(path: Path, alive: Callable[[Path], bool] | None) -> Row:
         state = "interrupted"
     elif state == "running" and alive is not None and not alive(path):
         state = "interrupted"
-    finished = state in ("done", "diverged")
+    finished = state in MEASURED
     result = read_json(path / "result.json", notes, required=finished)
+    if result.get("status") in MEASURED:  # a run that has a result is finished
+        state, finished = result["status"], True
     manifest = read_json(path / "manifest.json", notes)
     steps_per_epoch = integer(manifest.get("steps_per_epoch")) or 0
     curve, probe = read_metrics(path / "metrics.jsonl", notes, required=finished)

@@ -7,7 +7,7 @@ contradicted, and underpowered otherwise: then the seeds were too few to tell.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from normlab.report.differences import accuracy_in_points, compare
@@ -123,6 +123,7 @@ def close(a: Place, b: Place, margin: float, **of_what: Any) -> Hypothesis:
 def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
     """Returns the verdict function of a claim that stands or falls with these hypotheses.
 
+    The function has them as its attribute `hypotheses`, so that they can be checked before any run.
     Raises ValueError if there is none: a claim of nothing would always be reproduced.
     """
     if not hypotheses:
@@ -140,6 +141,7 @@ def all_of(*hypotheses: Hypothesis) -> Callable[[Sweep], Verdict]:
         )
         return Verdict(outcome, sentences, test)
 
+    verdict.hypotheses = hypotheses  # type: ignore[attr-defined]
     return verdict
 
 
@@ -147,9 +149,8 @@ def judge(verdict: Callable[[Sweep], Verdict], sweep: Sweep) -> Verdict:
     """Returns the verdict on the rows; one that fails says so and is no end of a night's sweep."""
     try:
         found = verdict(sweep)
-        if found.outcome not in OUTCOMES:
-            raise ValueError(f"outcome {found.outcome!r} is none of {', '.join(OUTCOMES)}")
-    except Exception as error:
+        _check(found)
+    except (Exception, SystemExit) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(
             BROKEN, (f"The verdict's code failed: {type(error).__name__}: {reason}",), ""
@@ -157,10 +158,29 @@ def judge(verdict: Callable[[Sweep], Verdict], sweep: Sweep) -> Verdict:
     return found
 
 
+def _check(found: Any) -> None:
+    """Raises TypeError or ValueError for what a verdict's code may return and no file can keep."""
+    if not isinstance(found, Verdict):
+        raise TypeError(f"it returned {found!r}, which is no Verdict")
+    if found.outcome not in OUTCOMES:
+        raise ValueError(f"outcome {found.outcome!r} is none of {', '.join(OUTCOMES)}")
+    if not isinstance(found.sentences, (tuple, list)):
+        raise TypeError(f"sentences {found.sentences!r} are no tuple of texts")
+    for name, text in (*(("sentence", text) for text in found.sentences), ("test", found.test)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} {text!r} is no text")
+
+
 def as_json(verdict: Verdict, sweep: Sweep) -> dict[str, object]:
     """Returns the verdict as it is kept in a sweep's folder, with its interval and rows' digest."""
-    stands_on = {"interval": sweep.interval, "rows": digest(sweep)}
-    return {"schema_version": 1, **asdict(verdict), **stands_on}
+    return {
+        "schema_version": 1,
+        "outcome": verdict.outcome,
+        "sentences": list(verdict.sentences),
+        "test": verdict.test,
+        "interval": sweep.interval,
+        "rows": digest(sweep),
+    }
 
 
 def _rows(sweep: Sweep, place: Place) -> tuple[Row, ...]:

@@ -61,6 +61,7 @@ def train(
     with run.locked(folder):
         finished = run.read_result(folder)
         if finished is not None:
+            run.note_result(folder, finished)
             return finished
         with run.log_to(folder / "log.txt"), run.failure_noted(folder):
             parallel.enable_compilation_cache(config)

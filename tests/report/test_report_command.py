@@ -38,6 +38,14 @@ def test_prints_the_table_and_the_paths(make_sweep, tmp_path, capsys):
     assert lines[-5:] == [f"{tmp_path / 'figures'}/", *reports]
 
 
+def test_a_run_whose_process_was_killed_is_interrupted(make_sweep, tmp_path, capsys):
+    """As `normlab status` says: status.json has its last word, and nobody holds the lock."""
+    make_sweep(tmp_path, seeds=(0,), run=lambda *what: {"state": "running"})
+    assert _main(tmp_path) == 0
+    assert "14 interrupted" in capsys.readouterr().out
+    assert "running" not in (tmp_path / "report.csv").read_text()
+
+
 def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError) as caught:
         _main(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -108,6 +109,59 @@ def test_a_damaged_result_is_named(sweep, tmp_path):
     (tmp_path / "a_claim-smoke" / "rows.json").write_text("{")
     with pytest.raises(UserError, match=r"rows\.json' holds no results"):
         outcome(tmp_path, "a_claim", "smoke")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"numbers": 3}, "'numbers' is 3"),
+        ({"numbers": [{"norm": "none"}]}, "numbers: 'setting' is missing"),
+        ({"rows": [7]}, "rows: 7 is no object"),
+        ({"rows": [{"id": "x", "started": None}]}, "rows: 'started' is None"),
+        ({"provenance": {"git commit": "abc"}}, "provenance: 'git commit' is 'abc'"),
+        ({"outcome": None}, "'outcome' is None"),
+    ],
+)
+def test_a_result_damaged_inside_is_one_line(sweep, tmp_path, damage, message):
+    publish(sweep, tmp_path / "a_claim-smoke")
+    path = tmp_path / "a_claim-smoke" / "rows.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(UserError, match=message) as caught:
+        overview([Line("a_claim", "smoke", "", "")], tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_verdict_whose_code_failed_replaces_no_kept_one(sweep, tmp_path):
+    def broken(outcome):
+        return replace(sweep, claim=replace(sweep.claim, outcome=outcome))
+
+    publish(broken("no verdict"), tmp_path / "kept")  # there is nothing to lose yet
+    publish(sweep, tmp_path / "kept")
+    before = (tmp_path / "kept" / "rows.json").read_bytes()
+    with pytest.raises(UserError, match="keeps the verdict 'reproduced', and this one's code fail"):
+        publish(broken("no verdict"), tmp_path / "kept")
+    assert (tmp_path / "kept" / "rows.json").read_bytes() == before
+
+
+def test_the_overview_tells_changes_days_and_versions_of_jax(sweep, tmp_path):
+    publish(sweep, tmp_path / "a_claim-smoke")
+    path = tmp_path / "a_claim-smoke" / "rows.json"
+    kept = json.loads(path.read_text())
+    kept["rows"][0]["started"] = "2026-11-20T23:59:00+00:00"
+    kept["provenance"]["git commit"] = {"1234567890ab with uncommitted changes": 6}
+    kept["provenance"]["jax"] = {"0.11.0": 3, "0.10.2": 3}
+    path.write_text(json.dumps(kept))
+    last = overview([Line("a_claim", "smoke", "", "")], tmp_path).splitlines()[-1]
+    assert last.endswith(
+        ", 2026-11-20 to 2026-11-21, commit 1234567 with uncommitted changes, jax 0.10.2, 0.11.0 |"
+    )
+
+
+def test_a_command_names_what_must_be_filled_in(tmp_path):
+    line = Line("a_claim", "cpu", "", "", "--config.data.path=PATH")
+    text = overview([line], tmp_path)
+    assert "`normlab paper a_claim --scale=cpu --config.data.path=PATH`" in text
 
 
 def test_results_of_other_runs_are_not_replaced(sweep, tmp_path):

@@ -64,6 +64,16 @@ def test_running_without_a_living_process_is_interrupted(make_sweep, tmp_path):
     assert states == ["running", "interrupted", "interrupted"]
 
 
+@pytest.mark.parametrize("damaged", ["", "{", '{"status": "running"}'])
+def test_a_run_with_a_result_is_finished_whatever_its_status_says(make_sweep, tmp_path, damaged):
+    make_sweep(tmp_path, settings={"base": {}}, norms=("none",), seeds=(0,))
+    folder = next(path.parent for path in tmp_path.glob("*/result.json"))
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"status": "diverged"}))
+    (folder / "status.json").write_text(damaged)
+    assert [row.state for row in load(tmp_path, alive=lambda path: False).rows] == ["diverged"]
+
+
 def test_an_empty_folder_of_a_run_is_still_planned(make_sweep, tmp_path):
     sweep = load(make_sweep(tmp_path, **ONE, run=lambda *_: None))
     sweep.rows[0].path.mkdir()

@@ -4,6 +4,7 @@ import csv
 import io
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -140,6 +141,31 @@ def test_csv_has_a_line_per_run_and_setting_at_full_precision(make_sweep, tmp_pa
     assert {line["shared_with"] for line in rows} == {"", "base"}
     assert rows[0]["git_commit"] == "000000000000"
     assert rows[0]["jax"] == "0.10.2"
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("+x", "'+x"),
+        ("-x", "'-x"),
+        ("-0.5", "-0.5"),
+        ("+1e-3", "+1e-3"),
+        ("a=1", "a=1"),
+    ],
+)
+def test_no_cell_of_a_csv_is_a_formula(make_sweep, tmp_path, text, cell):
+    sweep = load(make_sweep(tmp_path, settings={text: {}}, norms=("none",), seeds=(0,)))
+    [row] = csv.DictReader(io.StringIO(drawing.csv_text(sweep)))
+    assert row["setting"] == cell
+
+
+def test_a_negative_number_of_a_csv_stays_one(make_sweep, tmp_path):
+    sweep = load(make_sweep(tmp_path, norms=("none",), seeds=(0,)))
+    row = replace(sweep.rows[0], result={"=x": -0.5}, labels={"=y": "-2"})
+    [line] = csv.DictReader(io.StringIO(drawing.csv_text(replace(sweep, rows=(row,)))))
+    assert (line["'=x"], line["'=y"]) == ("-0.5", "-2")
 
 
 def test_names_cannot_break_a_markdown_table(make_sweep, tmp_path):

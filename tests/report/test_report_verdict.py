@@ -1,7 +1,10 @@
 """Verdicts: hypotheses about two cells, and the claim they make up."""
 
 import json
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from normlab.report import write
@@ -105,6 +108,13 @@ def test_any_measure_of_a_row_can_be_compared(sweep):
         (lambda sweep: 1 / 0, "ZeroDivisionError: division by zero"),
         (all_of(above("batch_norm", "nothing")), "no 'nothing' in setting 'base'"),
         (lambda sweep: Verdict("perhaps", (), ""), "outcome 'perhaps' is none of reproduced"),
+        (lambda sweep: Verdict(["reproduced"], (), ""), "outcome ['reproduced'] is none of"),
+        (lambda sweep: SimpleNamespace(outcome="reproduced"), "which is no Verdict"),
+        (lambda sweep: "reproduced", "it returned 'reproduced', which is no Verdict"),
+        (lambda sweep: Verdict("reproduced", (np.array([1.0]),), ""), "sentence array([1.])"),
+        (lambda sweep: Verdict("reproduced", "all good", ""), "sentences 'all good' are no tuple"),
+        (lambda sweep: Verdict("reproduced", (), None), "test None is no text"),
+        (lambda sweep: sys.exit("enough"), "SystemExit: enough"),
     ],
 )
 def test_a_verdict_that_fails_is_a_mark_and_no_crash(sweep, tmp_path, verdict, message):
@@ -112,6 +122,7 @@ def test_a_verdict_that_fails_is_a_mark_and_no_crash(sweep, tmp_path, verdict, m
     found = judge(verdict, rows)
     assert found.outcome == "no verdict"
     assert message in found.sentences[0]
+    json.dumps(as_json(found, rows))
 
 
 EXPERIMENT = {
