@@ -14,7 +14,7 @@ from typing import Any
 from normlab.data.images import Encoded
 from normlab.errors import UserError
 
-INFO = "dataset_info.json"
+INFO, FEATURES, LABELS = "dataset_info.json", "features.json", ".labels.txt"
 FORMAT = "array_record"
 NAMES = {"imagenet": "imagenet2012"}
 """Names in the catalogue of tensorflow-datasets, where they are not ours."""
@@ -33,8 +33,17 @@ class Prepared:
     class_names: tuple[str, ...]  # empty if the directory does not say them
 
     def files(self) -> list[tuple[str, int]]:
-        """Returns (name, bytes) of each file, by name."""
-        return sorted((x.name, x.stat().st_size) for x in self.directory.iterdir() if x.is_file())
+        """Returns (name, bytes) of each file of the data set, by name; strangers are passed over.
+
+        Those are its shards, its descriptions and its class names.
+        """
+        there = (x for x in self.directory.iterdir() if self._is_part(x.name) and x.is_file())
+        return sorted((x.name, x.stat().st_size) for x in there)
+
+    def _is_part(self, file: str) -> bool:
+        if file.startswith("."):
+            return False
+        return file in (INFO, FEATURES) or file.endswith(LABELS) or f".{FORMAT}-" in file
 
     def encoded(self) -> tuple[Encoded, Encoded]:
         """Returns the (train, test) images, to be read when they are asked for."""

@@ -75,7 +75,9 @@ def test_nothing_is_overwritten(prepared):
         prepare(load(at(prepared)), prepared)
 
 
-def test_images_of_any_size_keep_their_bytes(tmp_path):
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Two images of one class to train and two to test on, and a TFDS directory of them in `to`."""
     draw = np.random.default_rng(0)
     for i, shape in enumerate([(20, 30), (25, 16), (16, 16), (40, 30)]):
         folder = tmp_path / ("train", "val")[i // 2] / "cat"
@@ -84,10 +86,25 @@ def test_images_of_any_size_keep_their_bytes(tmp_path):
         Image.fromarray(pixels).save(folder / f"{i}.jpg")
     source = load(at(tmp_path, "pets", "folder"))
     assert prepare(source, tmp_path / "to") == tmp_path / "to/pets/1.0.0"
-    read = load(at(tmp_path / "to", "pets"))
+    return tmp_path / "to"
+
+
+def test_images_of_any_size_keep_their_bytes(pets):
+    source, read = load(at(pets.parent, "pets", "folder")), load(at(pets, "pets"))
     assert isinstance(read.train, Encoded)
     assert [read.train.read(i) for i in range(2)] == [source.train.read(i) for i in range(2)]
     assert read.info == source.info
+
+
+def test_the_fingerprint_is_that_of_the_data_and_not_of_what_lies_beside_them(pets):
+    version = pets / "pets/1.0.0"
+    before = load(at(pets, "pets")).fingerprint
+    for stranger in (".DS_Store", "._pets-train.array_record-00000-of-00001", "notes.txt"):
+        (version / stranger).write_bytes(b"x")
+    assert load(at(pets, "pets")).fingerprint == before
+    with (version / "label.labels.txt").open("a") as file:
+        file.write("\n")
+    assert load(at(pets, "pets")).fingerprint != before
 
 
 @pytest.mark.parametrize(

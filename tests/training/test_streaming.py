@@ -1,6 +1,7 @@
 """Runs on images that are decoded batch by batch: exact, resumable, the same for every variant."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from PIL import Image
 
 from normlab.config import load_config
 from normlab.data import random_part
+from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
 from normlab.training.examples import load_data
 from normlab.training.loop import train
@@ -123,11 +125,49 @@ def test_variants_that_share_a_seed_see_the_same_crops(squares):
     np.testing.assert_array_equal(a[1][2], np.asarray(part))
 
 
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_run_does_not_go_on_with_other_data_and_nothing_of_it_is_touched(
+    squares, tmp_path, with_checkpoint
+):
+    shutil.copytree(squares, tmp_path / "data")
+    config = config_of(tmp_path / "data")
+
+    class Cut(Exception):
+        pass
+
+    def cut(step, _total, line):
+        if step == 6 and line:
+            raise Cut
+
+    folder = tmp_path / "run"
+    with pytest.raises(Cut):
+        train(config, folder, progress=cut)
+    if not with_checkpoint:
+        shutil.rmtree(folder / "checkpoints")
+    began = json.loads((folder / "manifest.json").read_text())["data_fingerprint"][:12]
+    before = contents(folder)
+    (tmp_path / "data/train/dark/0.png").unlink()
+    with pytest.raises(UserError) as caught:
+        train(config, folder)
+    message = str(caught.value)
+    assert f"was made with data of fingerprint {began}, config field 'data.path' = " in message
+    assert "\n" not in message
+    assert contents(folder) == before
+    assert before["metrics.jsonl"]
+    # With the data of then it goes on to the end.
+    shutil.copy(squares / "train/dark/0.png", tmp_path / "data/train/dark/0.png")
+    assert train(config, folder)["steps"] == 9
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_a_damaged_image_ends_the_run_with_its_name(squares, tmp_path):
-    import shutil
-
-    from normlab.errors import UserError
-
     shutil.copytree(squares, tmp_path / "data")
     (tmp_path / "data/train/dark/3.png").write_bytes(b"no image")
     config = config_of(tmp_path / "data")
@@ -156,8 +196,6 @@ def test_a_sheet_has_a_row_a_class_and_says_what_the_data_are(squares, tmp_path)
 
 
 def test_a_picture_that_is_no_sheet_is_never_replaced(squares, tmp_path):
-    from normlab.errors import UserError
-
     _, sheet = draw_sheet(config_of(squares), classes=1, samples=1)
     for name, content in (("holiday.png", None), ("notes.txt", b"mine")):
         path = tmp_path / name
