@@ -295,7 +295,7 @@ def failure_noted(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Writes normlab's log messages of the block to `path`, appending, without a clock."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("normlab")
     level = logger.level

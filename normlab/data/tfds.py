@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.data.images import Encoded
-from normlab.errors import UserError
+from normlab.errors import UserError, one_line
 
 INFO, FEATURES, LABELS = "dataset_info.json", "features.json", ".labels.txt"
 FORMAT = "array_record"
@@ -58,7 +58,7 @@ class Prepared:
             builder = tfds.builder_from_directory(self.directory)
             source = builder.as_data_source(split, decoders=decoders)
         except Exception as error:  # of many kinds, those of a reader in C++ among them
-            raise UserError(f"{str(self.directory)!r} cannot be read: {_reason(error)}") from error
+            raise UserError(f"{str(self.directory)!r} cannot be read: {one_line(error)}") from error
 
         def name(i: int) -> str:
             return f"{self.directory}: {split}[{i}]"
@@ -68,13 +68,9 @@ class Prepared:
                 row = source[i]
                 return row["image"], int(row["label"])
             except Exception as error:
-                raise UserError(f"{name(i)!r} cannot be read: {_reason(error)}") from error
+                raise UserError(f"{name(i)!r} cannot be read: {one_line(error)}") from error
 
         return Encoded(count, read, name)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find(name: str, path_text: str | None) -> Prepared:
