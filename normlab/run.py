@@ -35,7 +35,10 @@ from normlab.errors import UserError
 STATES = ("running", "done", "diverged", "failed", "interrupted")
 SWEEP = "sweep.json"
 VERDICT = "verdict.json"
-_PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = (
+    *("normlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections"),
+    *("pillow", "scikit-learn", "tensorflow-datasets", "array_record"),  # they decode data
+)
 
 
 # JSON files --------------------------------------------------------------------------------------
