@@ -1,5 +1,6 @@
 """Class folders: their layout, what a model gets of them, and what is refused."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from normlab.cli import main
 from normlab.data import Encoded, check_cropping, describe, hold_out, load
+from normlab.data.info import DATASETS
 from normlab.data.verify import verify
 from normlab.errors import UserError
 
@@ -178,6 +180,25 @@ def test_verify_names_the_image_that_cannot_be_decoded(pets):
     assert wrong.size == 200
     assert len(wrong.md5) == 32
     assert wrong.file in wrong.fault
+    *_, train, test = verify("pets", "folder", str(pets))
+    assert (train.note, train.verdict) == (
+        "5 images in 2 classes, each decoded; 1 of them wrong",
+        "",
+    )
+    assert (test.note, test.verdict) == ("3 images in 2 classes, each decoded", "ok")
+
+
+def test_a_part_of_a_known_data_set_is_called_a_part(pets, capsys, monkeypatch):
+    whole = dataclasses.replace(describe(config(pets)), num_train=9469, num_test=3)
+    monkeypatch.setitem(DATASETS, "pets", whole)
+    assert main(["data", "verify", "pets", f"--path={pets}"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "pets (folder): nothing is wrong with what is there; 5 of 9,469 training images"
+    )
+    monkeypatch.setitem(DATASETS, "pets", describe(config(pets)))
+    assert main(["data", "verify", "pets", f"--path={pets}"]) == 0
+    assert capsys.readouterr().out.endswith("pets (folder): nothing is wrong\n")
 
 
 def test_the_command_refuses_another_data_sets_folder(pets, capsys):
