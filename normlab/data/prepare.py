@@ -45,8 +45,6 @@ def target(name: str, data_dir: Path) -> Path:
         raise UserError(f"--to={str(data_dir)!r}: {str(there)!r} cannot be written")
     if folder.exists():
         raise UserError(f"{str(folder)!r} is there already; move it away to prepare it again")
-    for leftover in _incomplete(folder.parent):
-        _LOG.warning("%s is of a prepare that was killed, or is at work now", leftover)
     return folder
 
 
@@ -57,8 +55,13 @@ def _incomplete(folder: Path) -> set[Path]:
 
 @contextlib.contextmanager
 def _nothing_left(folder: Path) -> Iterator[None]:
-    """Removes what the block leaves besides DATA_DIR/NAME/VERSION, the `folder`."""
+    """Removes what the block leaves besides DATA_DIR/NAME/VERSION, the `folder`.
+
+    What was left before, by a process that was killed, is named and kept: it may be at work.
+    """
     before, existed = _incomplete(folder.parent), folder.parent.parent.is_dir()
+    for leftover in sorted(before):
+        _LOG.warning("%s is of a prepare that was killed, or is at work now", leftover)
     try:
         yield
     finally:
