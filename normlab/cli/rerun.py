@@ -53,7 +53,7 @@ def check_new(folder: Path, new: Path) -> None:
 
     if new.resolve() == folder.resolve():
         raise UserError(f"--workdir={str(new)!r} is the folder of the run itself; choose another")
-    if run.read_result(new) is not None:
+    if new.is_dir() and run.read_result(new) is not None:
         raise UserError(f"--workdir={str(new)!r} holds a finished run; choose another folder")
 
 

@@ -211,6 +211,12 @@ def _tfds(found: tfds.Prepared, known: DatasetInfo | None) -> Iterator[Finding]:
     features = found.directory / tfds.FEATURES
     if not features.is_file():
         yield Finding(str(features), None, None, "missing")
+    if known is not None and known.one_size:  # of others a part may be trained on
+        official = (known.num_train, known.num_test)
+        for split, count, right in zip(found.splits, found.counts, official, strict=True):
+            if count != right:
+                fault = f"{count:,} images, not {right:,}"
+                yield Finding(f"{found.directory}: {split}", None, None, fault)
     info = json.loads((found.directory / tfds.INFO).read_text(encoding="utf-8"))
     readable = features.is_file()
     for split in info["splits"]:

@@ -13,7 +13,7 @@ from official import cifar, data_config, idx, write
 from PIL import Image
 
 from normlab.cli import main
-from normlab.data import Encoded, describe, load
+from normlab.data import DATASETS, Encoded, describe, load
 from normlab.data.prepare import target
 from normlab.data.prepare import write as prepare
 from normlab.data.verify import verify
@@ -187,6 +187,15 @@ def test_verify_finds_the_damaged_image_in_a_whole_record(tmp_path, monkeypatch)
     assert "cannot be decoded" in wrong.fault
     assert (train.note, train.verdict) == ("2 images; 1 of them wrong", "")
     assert test.note == "2 images, each decoded, each label one of the classes"
+
+
+def test_verify_says_that_a_set_of_a_known_size_has_another(prepared, monkeypatch):
+    # Such a directory is refused by `load`; the miniature of CIFAR-10 has ten and five images.
+    known = dataclasses.replace(DATASETS["cifar10"], num_train=11)
+    monkeypatch.setitem(DATASETS, "cifar10", known)
+    [wrong] = [x for x in verify("cifar10", "tfds", str(prepared)) if x.fault]
+    assert wrong.file.endswith("cifar10/3.0.2: train")
+    assert wrong.fault == "10 images, not 11"
 
 
 def test_verify_names_missing_features(pets):
