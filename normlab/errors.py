@@ -19,6 +19,19 @@ class MachineFault(Exception):
     exit_code = 1
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the first line of what an error of a library says, or else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """Returns a text as one line that any terminal and file takes.
+
+    Line breaks, control characters and the bytes of a name that are no UTF-8 are escaped.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the option closest to `name`, else `; one of a, b, c`."""
     options = list(options)

@@ -35,7 +35,10 @@ from normlab.errors import UserError
 STATES = ("running", "done", "diverged", "failed", "interrupted")
 SWEEP = "sweep.json"
 VERDICT = "verdict.json"
-_PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = (
+    *("normlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections"),
+    *("pillow", "scikit-learn", "tensorflow-datasets", "array_record"),  # they decode data
+)
 
 
 # JSON files --------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def failure_noted(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Writes normlab's log messages of the block to `path`, appending, without a clock."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("normlab")
     level = logger.level

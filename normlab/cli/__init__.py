@@ -6,6 +6,7 @@ interrupted. A mistake is one line on stderr that names the thing and the neares
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import signal
@@ -47,6 +48,8 @@ def entry() -> NoReturn:
 def main(arguments: list[str]) -> int:
     """Runs one command; returns its exit code. Never raises for a mistake or a machine's fault."""
     _warn_on_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         return _dispatch(arguments)
     except (UserError, MachineFault) as error:

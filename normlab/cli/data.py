@@ -1,10 +1,14 @@
 """`normlab data`: is a data set what it should be, how does a model see it, in another form."""
 
 import argparse
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from normlab.errors import UserError
+from normlab.errors import UserError, printable
 
 HELP = "verify data on disk, show samples as the model gets them, write a TFDS directory"
 TAKES_CONFIG = True
@@ -44,30 +48,69 @@ def _verify(args: argparse.Namespace) -> int:
     source = config.source
     if source == "sklearn":
         raise UserError("data set 'digits' comes with scikit-learn; there is no file to verify")
-    describe(config)
+    info = describe(config)
     wrong = 0
     for found in verify(args.name, source, config.path):
         wrong += bool(found.fault)
         facts = [] if found.size is None else [f"{found.size:,} bytes", f"MD5 {found.md5}"]
-        verdict = f"WRONG: {found.fault}" if found.fault else "ok"
-        print("  ".join([found.file, *facts, *filter(None, [verdict, found.note])]))
-    print(f"{args.name} ({source}): " + (f"{wrong} wrong" if wrong else "nothing is wrong"))
+        verdict = f"WRONG: {found.fault}" if found.fault else found.verdict
+        words = [found.file, *facts, *filter(None, [verdict, found.note])]
+        print("  ".join(map(printable, words)))
+    lacking = _lacking(info)
+    good = f"nothing is wrong with what is there; {lacking}" if lacking else "nothing is wrong"
+    print(f"{args.name} ({source}): " + (f"{wrong} wrong" if wrong else good))
     return UserError.exit_code if wrong else 0
+
+
+def _lacking(info: Any) -> str:
+    """Returns how many images are there of a known data set's, "" if they are as many."""
+    from normlab.data import DATASETS
+
+    official = DATASETS.get(info.name, info)
+    counts = [
+        f"{there:,} of {full:,} {what} images"
+        for what, there, full in (
+            ("training", info.num_train, official.num_train),
+            ("test", info.num_test, official.num_test),
+        )
+        if there != full
+    ]
+    return ", ".join(counts)
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from normlab.data import archive, load
     from normlab.data.prepare import target, write, write_by_catalogue
 
+    target(args.name, args.to)
     is_folder = args.path is not None and (Path(args.path) / "train").is_dir()
-    if args.name != "digits" and args.name not in archive.LAYOUTS and not is_folder:
-        folder = write_by_catalogue(args.name, Path(_path(args)), args.to)
-    else:
-        target(args.name, args.to)
-        folder = write(load(_data_config(args)), args.to)
+    with _raising_at_signals():
+        if args.name != "digits" and args.name not in archive.LAYOUTS and not is_folder:
+            folder = write_by_catalogue(args.name, Path(_path(args)), args.to)
+        else:
+            folder = write(load(_data_config(args)), args.to)
     print(f"{folder}")
     print(f"read it with --config.data.source=tfds --config.data.path={args.to}")
     return 0
+
+
+@contextlib.contextmanager
+def _raising_at_signals() -> Iterator[None]:
+    """In the block Ctrl-C and SIGTERM raise, so that what is half written is removed."""
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: leave}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _data_config(args: argparse.Namespace) -> Any:
@@ -84,14 +127,15 @@ def _data_config(args: argparse.Namespace) -> Any:
 
 def _info(args: argparse.Namespace) -> int:
     from normlab.config import load_config
-    from normlab.training.sheet import draw_sheet, save_sheet
+    from normlab.training.sheet import check_path, draw_sheet, save_sheet
 
     for name in ("classes", "samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be 1 or more")
     config = load_config(args.config, args.overrides)
-    facts, sheet = draw_sheet(config, args.classes, args.samples)
     path = args.sheet or Path(f"{config.data.name}-sheet.png")
+    check_path(path)
+    facts, sheet = draw_sheet(config, args.classes, args.samples)
     save_sheet(sheet, path)
     for name, value in facts.items():
         print(f"{name:20} {value}")

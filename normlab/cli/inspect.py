@@ -27,10 +27,12 @@ def main(args: argparse.Namespace) -> int:
     from normlab.training.setup import build_parts, id_of
 
     config = load_config(args.config, args.overrides)
-    if args.against is not None:
-        _print_difference(load_config(args.against), config)
-        return 0
     parts = build_parts(config, need_data=False)
+    if args.against is not None:
+        other = load_config(args.against)
+        build_parts(other, need_data=False)
+        _print_difference(other, config)
+        return 0
     meaning = field_meanings(config)
 
     print(f"run {id_of(config)}\n")
@@ -84,12 +86,12 @@ def _print_memory(parts: Any) -> None:
 
 
 def _print_difference(there: Any, here: Any) -> None:
-    """Prints the fields in which two configs differ, and their values."""
+    """Prints the fields in which two configs differ, and their values; "–" where one has none."""
     from normlab.config import flatten
 
     a, b = flatten(there), flatten(here)
     rows = [
-        (name, _text(a[name]) if name in a else "", _text(b[name]) if name in b else "")
+        (name, _text(a[name]) if name in a else "–", _text(b[name]) if name in b else "–")
         for name in dict.fromkeys([*b, *a])
         if name != "source" and (name not in a or name not in b or a[name] != b[name])
     ]

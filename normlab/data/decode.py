@@ -55,6 +55,25 @@ def _decode_binary(info: DatasetInfo, files: list[File], count: int) -> Arrays:
     return _planes_last(records[:, first_pixel:], info), labels
 
 
+COARSE_CLASSES = 20  # of CIFAR-100
+
+
+def wrong_label(info: DatasetInfo, content: bytes) -> str:
+    """Returns what is wrong with the labels in a file of whole binary records, "" if nothing is."""
+    first_pixel = _label_bytes(info)
+    records = np.frombuffer(content, np.uint8).reshape(
+        -1, first_pixel + math.prod(info.image_shape)
+    )
+    tops = [info.num_classes] if first_pixel == 1 else [COARSE_CLASSES, info.num_classes]
+    for column, top in enumerate(tops):
+        wrong = np.flatnonzero(records[:, column] >= top)
+        if len(wrong):
+            label = records[wrong[0], column]
+            kind = "coarse label" if len(tops) > column + 1 else "label"
+            return f"record {wrong[0]} has {kind} {label}, not one from 0 to {top - 1}"
+    return ""
+
+
 def _label_bytes(info: DatasetInfo) -> int:
     return 2 if info.name == "cifar100" else 1
 

@@ -82,7 +82,7 @@ def list_images(folder: Path) -> Listing:
 def _listing(folder: Path, names: tuple[str, ...], changed: tuple[int, ...]) -> Listing:
     files, labels = [], []
     for label, name in enumerate(names):
-        found = sorted(_images(folder / name, name))
+        found = sorted(_images(folder / name, name, ()))
         if not found:
             raise UserError(f"class folder {str(folder / name)!r} has no image")
         files += found
@@ -97,7 +97,18 @@ def _classes(folder: Path) -> tuple[str, ...]:
         return tuple(sorted(x.name for x in entries if x.is_dir() and not x.name.startswith(".")))
 
 
-def _images(folder: Path, prefix: str) -> list[str]:
+def _images(folder: Path, prefix: str, above: tuple[Path, ...]) -> list[str]:
+    """Returns the images below a folder, named from `prefix`.
+
+    `above` are the folders that led here, links resolved. Raises UserError for a link to one of
+    them, or to what they lie in: it would be followed for ever.
+    """
+    here = folder.resolve()
+    if folder.is_symlink() and any(
+        place.is_relative_to(here) for place in (*above, folder.parent.resolve())
+    ):
+        raise UserError(f"{str(folder)!r} is a link to a folder that it lies in")
+    above = (*above, here)
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -105,7 +116,7 @@ def _images(folder: Path, prefix: str) -> list[str]:
                 continue
             name = f"{prefix}/{entry.name}"
             if entry.is_dir():
-                found += _images(folder / entry.name, name)
+                found += _images(folder / entry.name, name, above)
             elif entry.name.lower().endswith(SUFFIXES):
                 found.append(name)
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from normlab.environment import threads
-from normlab.errors import UserError
+from normlab.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +39,7 @@ class Encoded:
     count: int
     read: Callable[[int], tuple[bytes, int]]  # example i and its label; called from several threads
     name: Callable[[int], str]  # of example i, for messages
+    num_classes: int | None = None  # None: what the labels may be is not known yet
 
     def __len__(self) -> int:
         return self.count
@@ -46,20 +47,46 @@ class Encoded:
     def select(self, chosen: np.ndarray) -> "Encoded":
         """Returns the examples that are true in `chosen`, bool [N], in their order."""
         places = np.flatnonzero(chosen).tolist()
-        return Encoded(len(places), lambda i: self.read(places[i]), lambda i: self.name(places[i]))
+        return dataclasses.replace(
+            self,
+            count=len(places),
+            read=lambda i: self.read(places[i]),
+            name=lambda i: self.name(places[i]),
+        )
 
     def decode(self, i: int, channels: int) -> tuple["Image", int]:
-        """Returns (image i, whole, its label); raises UserError, naming it, if it is damaged."""
+        """Returns (image i, whole, its label).
+
+        Transparent pixels lie on white. Raises UserError, naming the image, if it is damaged, of a
+        kind whose range is unknown (floating point), or its label is of no class.
+        """
         from PIL import Image, UnidentifiedImageError
 
         try:
             content, label = self.read(i)
             with Image.open(io.BytesIO(content)) as image:
-                return image.convert("L" if channels == 1 else "RGB"), label
+                eight_bit = _eight_bit(image)
+                if eight_bit is not None:
+                    eight_bit = eight_bit.convert("L" if channels == 1 else "RGB")
+        except (UserError, MemoryError):
+            raise
         except UnidentifiedImageError as error:
             raise UserError(f"image {self.name(i)!r} is in no format that Pillow reads") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {self.name(i)!r} cannot be decoded: {error}") from error
+        except Exception as error:  # damaged bytes make decoders raise anything
+            raise UserError(
+                f"image {self.name(i)!r} cannot be decoded: {one_line(error)}"
+            ) from error
+        if eight_bit is None:
+            raise UserError(
+                f"image {self.name(i)!r} has mode {image.mode!r}, whose range is unknown; convert "
+                "it to 8 bits"
+            )
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise UserError(
+                f"image {self.name(i)!r} has label {label}, not one from 0 to "
+                f"{self.num_classes - 1}"
+            )
+        return eight_bit, label
 
     def whole(self, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns all of (images uint8 [N, *shape], labels int32 [N]).
@@ -105,6 +132,30 @@ class Encoded:
             resized = image.resize((width, height), filter, box=part(*image.size))
             images[place] = np.asarray(resized, np.uint8).reshape(shape)
         return images, labels
+
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
+
+
+def _eight_bit(image: "Image") -> "Image | None":
+    """Returns an image in 8 bits and without transparency; None if its range is unknown.
+
+    16 bits of grey become 8: 65535 = 257 · 255. (Pillow alone would make 255 of all above 255.)
+    """
+    from PIL import Image
+
+    # Pillow may read 16 bits of grey as 32; in other formats 32 bits may mean anything.
+    is_wide = image.mode == "I" and image.format in ("PNG", "PPM")
+    if is_wide or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8))
+    if image.mode not in _EIGHT_BIT_MODES:
+        return None
+    if not image.has_transparency_data:
+        return image
+    # What lies under transparent pixels is anything: leftovers of editing, mostly black.
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA"))
 
 
 def central_part(fraction: float) -> Part:

@@ -88,7 +88,8 @@ def eval_indices(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 def fetch(examples: Examples, indices: Array, info: DatasetInfo) -> tuple[Array, Array]:
     """Returns (images float32 [B, H, W, C] standardized per channel, labels [B]); pure, jit-able.
 
-    The values are (pixel / 255 − mean) / std, with the training set's mean and std of `info`.
+    The values are (pixel / 255 − mean) / std, with the mean and std of `info`: the training set's,
+    or ImageNet's of images of any size, whatever data set they are of.
     `indices`: int32 [B].
     """
     images, labels = examples

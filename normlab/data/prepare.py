@@ -8,35 +8,93 @@ catalogue's, `tfds.data_source(name, data_dir=...)` read it, too.
 
 import contextlib
 import io
+import logging
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from normlab.data.images import Encoded
+from normlab.data.images import Encoded, prefetched
+from normlab.data.info import DATASETS
 from normlab.data.sources import AnySplit, Dataset
 from normlab.data.tfds import FORMAT, NAMES
-from normlab.errors import UserError
+from normlab.errors import UserError, unknown
+
+_LOG = logging.getLogger(__name__)
 
 VERSIONS = {"cifar10": "3.0.2", "cifar100": "3.0.2", "mnist": "3.0.1", "fashion_mnist": "3.0.1"}
 OWN_VERSION = "1.0.0"  # of what is not in the catalogue in this form
 
 
 def target(name: str, data_dir: Path) -> Path:
-    """Returns the folder that `write` makes; raises UserError if it is there already."""
+    """Returns the folder that `write` makes.
+
+    Raises UserError if it is there already or cannot be made, or for a name that is no folder's.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"data set {name!r}: a name to prepare has letters, digits, _ and - alone")
     folder = data_dir / NAMES.get(name, name) / VERSIONS.get(name, OWN_VERSION)
+    there = next(place for place in folder.absolute().parents if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"--to={str(data_dir)!r}: {str(there)!r} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--to={str(data_dir)!r}: {str(there)!r} cannot be written")
     if folder.exists():
         raise UserError(f"{str(folder)!r} is there already; move it away to prepare it again")
     return folder
 
 
+def _incomplete(folder: Path) -> set[Path]:
+    """Returns where tensorflow-datasets writes, or wrote, what is renamed when it is whole."""
+    return set(folder.glob("incomplete.*"))
+
+
+@contextlib.contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """Removes what the block leaves besides DATA_DIR/NAME/VERSION, the `folder`.
+
+    What was left before, by a process that was killed, is named and kept: it may be at work.
+    """
+    before, existed = _incomplete(folder.parent), folder.parent.parent.is_dir()
+    for leftover in sorted(before):
+        _LOG.warning("%s is of a prepare that was killed, or is at work now", leftover)
+    try:
+        yield
+    finally:
+        for leftover in _incomplete(folder.parent) - before:
+            shutil.rmtree(leftover, ignore_errors=True)
+        downloads = folder.parent.parent / "downloads"
+        empty = [downloads / "extracted", downloads, folder.parent]
+        for place in empty if existed else [*empty, folder.parent.parent]:
+            with contextlib.suppress(OSError):  # it is not empty, or not there
+                place.rmdir()
+
+
+def _check_class_names(names: tuple[str, ...]) -> None:
+    """Raises UserError for a name that a file of a line a name does not give back."""
+    for name in names:
+        is_line = name.splitlines() == [name] and name.strip() == name
+        if not is_line or name != name.encode(errors="replace").decode():
+            raise UserError(
+                f"class {name!r} cannot be written: line breaks, blanks at an end and what is no "
+                "UTF-8 would be lost"
+            )
+
+
 def write(data: Dataset, data_dir: Path) -> Path:
-    """Writes DATA_DIR/NAME/VERSION; returns it. Raises UserError if it is there already."""
+    """Writes DATA_DIR/NAME/VERSION; returns it.
+
+    Raises UserError if it is there already, or for a damaged image, a label or a class name that
+    cannot be written; then nothing is left.
+    """
     import tensorflow_datasets as tfds
 
     folder, info = target(data.info.name, data_dir), data.info
+    _check_class_names(info.class_names)
     has_id = info.name in ("cifar10", "cifar100")
     height, width, channels = info.image_shape
     sides = (height, width) if info.one_size else (None, None)
@@ -79,7 +137,8 @@ def write(data: Dataset, data_dir: Path) -> Path:
     tfds.disable_progress_bar()
     builder = Builder(data_dir=os.fspath(data_dir), file_format=FORMAT)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it calls this a download
+    # It calls this a download.
+    with contextlib.redirect_stdout(io.StringIO()), _nothing_left(folder):
         builder.download_and_prepare(download_config=config)
     return folder
 
@@ -87,10 +146,16 @@ def write(data: Dataset, data_dir: Path) -> Path:
 def _examples(split: AnySplit) -> Iterator[tuple[bytes, int]]:
     """Yields (encoded image, label)."""
     if isinstance(split, Encoded):
-        yield from (split.read(i) for i in range(len(split)))
+        yield from prefetched(range(len(split)), lambda i: _checked(split, i), ahead=64)
         return
     for image, label in zip(split.images, split.labels, strict=True):
         yield png(image), int(label)
+
+
+def _checked(split: Encoded, i: int) -> tuple[bytes, int]:
+    """Returns example i as it is; raises UserError if a model could not have it."""
+    split.decode(i, 3)
+    return split.read(i)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -105,23 +170,27 @@ def png(image: np.ndarray) -> bytes:
 def write_by_catalogue(name: str, archives: Path, data_dir: Path) -> Path:
     """Prepares a data set of the catalogue by its own builder, which needs TensorFlow.
 
-    `archives` is the folder with the archives that are downloaded by hand. Raises UserError if
-    TensorFlow is not installed, or the catalogue has no such data set.
+    `archives` is the folder with the archives that are downloaded by hand. Raises UserError if it
+    does not exist, the catalogue has no such data set, or TensorFlow is not installed.
     """
     import importlib.util
 
     import tensorflow_datasets as tfds
 
+    folder = target(name, data_dir)
+    if not archives.exists():
+        raise UserError(f"--path={str(archives)!r} does not exist")
     known_as = NAMES.get(name, name)
+    catalogue = tfds.list_builders(with_community_datasets=False)
+    if known_as not in catalogue:
+        raise unknown("data set", name, [*DATASETS, *catalogue])
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"data set {name!r} is prepared by the builder of tensorflow-datasets, which needs "
             "TensorFlow: pip install 'normlab[tf]'"
         )
-    try:
-        builder = tfds.builder(known_as, data_dir=os.fspath(data_dir), file_format=FORMAT)
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"tensorflow-datasets has no data set {known_as!r}") from error
+    builder = tfds.builder(known_as, data_dir=os.fspath(data_dir), file_format=FORMAT)
     config = tfds.download.DownloadConfig(manual_dir=archives, try_download_gcs=False)
-    builder.download_and_prepare(download_config=config)
+    with _nothing_left(folder):
+        builder.download_and_prepare(download_config=config)
     return Path(builder.data_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from normlab.data.pipeline import epoch_permutation
 from normlab.errors import UserError, unknown
 
 Files = list[tuple[str, int]]  # (name, bytes)
+SMALLEST_CROP = 1e-4  # of an image's area: one of 100 × 100 pixels
 HOLD_OUT_SEED = 2**32  # beyond the seeds of runs, so that no epoch's order is the split's
 
 
@@ -77,10 +79,10 @@ def describe(config: Any) -> DatasetInfo:
 def check_cropping(config: Any) -> None:
     """Raises UserError for fields of `config.data` about cropping that are none."""
     low, high = (*config.crop_area, 0.0, 0.0)[:2]
-    if len(config.crop_area) != 2 or not 0 < low <= high:
+    if len(config.crop_area) != 2 or not SMALLEST_CROP <= low <= high:
         raise UserError(
             f"config field 'data.crop_area' = {config.crop_area} must be two parts of an image's "
-            "area, the smaller one first"
+            f"area, {SMALLEST_CROP} or more, the smaller one first"
         )
     if config.interpolation not in INTERPOLATIONS:
         raise unknown("'data.interpolation'", config.interpolation, INTERPOLATIONS)
@@ -119,11 +121,12 @@ def _check(info: DatasetInfo, what: str, split: Split) -> None:
             f"data set {info.name!r}: the {what} images have shape {split.images.shape}, "
             f"not {(len(split), *info.image_shape)}"
         )
-    top = int(split.labels.max())
-    if top >= info.num_classes:
-        raise UserError(
-            f"data set {info.name!r}: {what} label {top} is not below {info.num_classes}"
-        )
+    for label in (int(split.labels.min()), int(split.labels.max())):
+        if not 0 <= label < info.num_classes:
+            raise UserError(
+                f"data set {info.name!r}: {what} label {label} is not one from 0 to "
+                f"{info.num_classes - 1}"
+            )
 
 
 def binarized(split: Split) -> Split:
@@ -145,14 +148,14 @@ def hold_out(train: AnySplit, count: int) -> tuple[AnySplit, AnySplit | None]:
 
 
 def _fingerprint(name: str, train: AnySplit, test: AnySplit, files: Files) -> str:
-    digest = hashlib.sha256(name.encode())
+    digest = hashlib.sha256(os.fsencode(name))
     for split in (train, test):
         if isinstance(split, Split):
             digest.update(np.ascontiguousarray(split.images).data)
             digest.update(split.labels.astype("<i4").data)
     if isinstance(train, Encoded):
         for file, size in files:
-            digest.update(f"{file} {size}\n".encode())
+            digest.update(os.fsencode(f"{file} {size}\n"))
     return digest.hexdigest()
 
 
@@ -246,7 +249,12 @@ def _read_tfds(config: Any, info: DatasetInfo) -> Read:
 
 
 def _in_memory(info: DatasetInfo, train: Encoded, test: Encoded) -> tuple[AnySplit, AnySplit]:
-    """Returns the images decoded if they are of one size, else as they are."""
+    """Returns the images decoded if they are of one size, else as they are.
+
+    Either way a label that is of no class is refused where it is read.
+    """
+    classes = info.num_classes
+    train, test = (dataclasses.replace(split, num_classes=classes) for split in (train, test))
     if not info.one_size:
         return train, test
     return Split(*train.whole(info.image_shape)), Split(*test.whole(info.image_shape))

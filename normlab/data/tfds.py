@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from normlab.data.images import Encoded
-from normlab.errors import UserError
+from normlab.errors import UserError, one_line
 
-INFO = "dataset_info.json"
+INFO, FEATURES, LABELS = "dataset_info.json", "features.json", ".labels.txt"
 FORMAT = "array_record"
 NAMES = {"imagenet": "imagenet2012"}
 """Names in the catalogue of tensorflow-datasets, where they are not ours."""
@@ -33,8 +33,17 @@ class Prepared:
     class_names: tuple[str, ...]  # empty if the directory does not say them
 
     def files(self) -> list[tuple[str, int]]:
-        """Returns (name, bytes) of each file, by name."""
-        return sorted((x.name, x.stat().st_size) for x in self.directory.iterdir() if x.is_file())
+        """Returns (name, bytes) of each file of the data set, by name; strangers are passed over.
+
+        Those are its shards, its descriptions and its class names.
+        """
+        there = (x for x in self.directory.iterdir() if self._is_part(x.name) and x.is_file())
+        return sorted((x.name, x.stat().st_size) for x in there)
+
+    def _is_part(self, file: str) -> bool:
+        if file.startswith("."):
+            return False
+        return file in (INFO, FEATURES) or file.endswith(LABELS) or f".{FORMAT}-" in file
 
     def encoded(self) -> tuple[Encoded, Encoded]:
         """Returns the (train, test) images, to be read when they are asked for."""
@@ -49,7 +58,7 @@ class Prepared:
             builder = tfds.builder_from_directory(self.directory)
             source = builder.as_data_source(split, decoders=decoders)
         except Exception as error:  # of many kinds, those of a reader in C++ among them
-            raise UserError(f"{str(self.directory)!r} cannot be read: {_reason(error)}") from error
+            raise UserError(f"{str(self.directory)!r} cannot be read: {one_line(error)}") from error
 
         def name(i: int) -> str:
             return f"{self.directory}: {split}[{i}]"
@@ -59,13 +68,9 @@ class Prepared:
                 row = source[i]
                 return row["image"], int(row["label"])
             except Exception as error:
-                raise UserError(f"{name(i)!r} cannot be read: {_reason(error)}") from error
+                raise UserError(f"{name(i)!r} cannot be read: {one_line(error)}") from error
 
         return Encoded(count, read, name)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find(name: str, path_text: str | None) -> Prepared:

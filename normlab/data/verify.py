@@ -1,7 +1,7 @@
 """Is a data set on disk what it should be: file by file, its size and its checksum.
 
-Of official archives the sums are published; of class folders every image is decoded, and of
-directories of tensorflow-datasets every record is read (each has a checksum of its own).
+Of official archives the sums are published. Of class folders and of directories of
+tensorflow-datasets every image is decoded; a record of the latter has a checksum of its own.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from normlab.data import archive, folder, tfds
+from normlab.data.decode import wrong_label
 from normlab.data.images import Encoded, prefetched
 from normlab.data.info import DATASETS, DatasetInfo, dataset_info
-from normlab.errors import UserError
+from normlab.errors import UserError, one_line
 
 # MD5 of the unpacked files. CIFAR's python version: torchvision/datasets/cifar.py. The others were
 # computed from files whose packed sums are the published ones: MNIST's four .gz of
@@ -63,6 +64,7 @@ class Finding:
     md5: str | None  # of its content, unpacked
     fault: str = ""  # one line; "" if nothing is wrong
     note: str = ""  # what there is to say of a good one
+    verdict: str = "ok"  # of one without a fault; "" of a sum of others that have some
 
 
 def verify(name: str, source: str, path: str) -> Iterator[Finding]:
@@ -77,7 +79,7 @@ def verify(name: str, source: str, path: str) -> Iterator[Finding]:
     elif source == "folder":
         yield from _folder(name, path)
     else:
-        yield from _tfds(name, tfds.find(name, path))
+        yield from _tfds(tfds.find(name, path), DATASETS.get(name))
 
 
 def guess_source(name: str, path: str) -> str:
@@ -148,8 +150,9 @@ def _judged(
         return Finding(label, None, None, f"more than {limit:,} bytes")
     exact = limit if layout.form.exact else size
     if expected is None:
-        fault = _mismatch(size, md5, exact, md5)
-        return Finding(label, size, md5, fault, "" if fault else "no published checksum")
+        fault = _mismatch(size, md5, exact, md5) or wrong_label(info, content)
+        note = "size and labels alone; no published checksum, so the content cannot be proven"
+        return Finding(label, size, md5, fault, "" if fault else note)
     return Finding(label, size, md5, _mismatch(size, md5, exact, expected))
 
 
@@ -167,39 +170,85 @@ def _folder(name: str, path: str) -> Iterator[Finding]:
     known = DATASETS.get(name)
     for part, listing in zip(("train", "test"), folder.find(path), strict=True):
         images = listing.encoded()
-
-        def fault(i: int, images: Encoded = images) -> str:
-            try:
-                images.decode(i, 3)
-            except UserError as error:
-                return str(error)
-            return ""
-
-        total = 0
-        for i, found in enumerate(prefetched(range(len(images)), fault, ahead=256)):
+        total = wrong = 0
+        for i, found in enumerate(_faults(images)):
             if found:
                 content = (listing.folder / listing.files[i]).read_bytes()
                 md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
                 yield Finding(images.name(i), len(content), md5, found)
             total += 1
+            wrong += bool(found)
         note = f"{total:,} images in {len(listing.class_names)} classes, each decoded"
+        if wrong:
+            note += f"; {wrong:,} of them wrong"
         official = None if known is None else getattr(known, f"num_{part}")
         if official not in (None, total):
             note += f"; the official {name} has {official:,}"
-        yield Finding(str(listing.folder), None, None, note=note)
+        yield Finding(str(listing.folder), None, None, note=note, verdict="" if wrong else "ok")
+
+
+def _faults(images: Encoded) -> Iterator[str]:
+    """Yields what is wrong with each image or its label, "" if nothing is."""
+
+    def fault(i: int) -> str:
+        try:
+            images.decode(i, 3)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return prefetched(range(len(images)), fault, ahead=256)
 
 
 # tensorflow-datasets -----------------------------------------------------------------------------
 
 
-def _tfds(name: str, found: tfds.Prepared) -> Iterator[Finding]:
-    """Reads each shard by itself: it must have the records that dataset_info.json promises."""
+def _tfds(found: tfds.Prepared, known: DatasetInfo | None) -> Iterator[Finding]:
+    """Reads each shard by itself: it must have the records that dataset_info.json promises.
+
+    Then each record of the splits that a model gets: its image is decoded, its label checked.
+    """
+    features = found.directory / tfds.FEATURES
+    if not features.is_file():
+        yield Finding(str(features), None, None, "missing")
+    if known is not None and known.one_size:  # of others a part may be trained on
+        official = (known.num_train, known.num_test)
+        for split, count, right in zip(found.splits, found.counts, official, strict=True):
+            if count != right:
+                fault = f"{count:,} images, not {right:,}"
+                yield Finding(f"{found.directory}: {split}", None, None, fault)
     info = json.loads((found.directory / tfds.INFO).read_text(encoding="utf-8"))
+    readable = features.is_file()
     for split in info["splits"]:
         lengths = [int(length) for length in split["shardLengths"]]
         for shard, length in enumerate(lengths):
             file = f"{info['name']}-{split['name']}.{tfds.FORMAT}-{shard:05d}-of-{len(lengths):05d}"
-            yield _shard(found.directory / file, length)
+            finding = _shard(found.directory / file, length)
+            readable &= not finding.fault
+            yield finding
+    if readable:  # else the records are those of no split
+        for split, images in zip(found.splits, found.encoded(), strict=True):
+            yield from _records(found, split, images, known)
+
+
+def _records(
+    found: tfds.Prepared, split: str, images: Encoded, known: DatasetInfo | None
+) -> Iterator[Finding]:
+    classes = len(found.class_names) or (known.num_classes if known else None)
+    images = dataclasses.replace(images, num_classes=classes)
+    faults = _faults(images)
+    wrong = 0
+    for i, fault in enumerate(faults):
+        wrong += bool(fault)
+        if fault:
+            yield Finding(images.name(i), None, None, fault)
+    labels = "" if classes is None else ", each label one of the classes"
+    note = f"{len(images):,} images, each decoded{labels}"
+    if wrong:
+        note = f"{len(images):,} images; {wrong:,} of them wrong"
+    yield Finding(
+        f"{found.directory}: {split}", None, None, note=note, verdict="" if wrong else "ok"
+    )
 
 
 def _shard(path: Path, length: int) -> Finding:
@@ -217,7 +266,8 @@ def _shard(path: Path, length: int) -> Finding:
             reader.read(first, min(first + CHUNK, count))
         reader.close()
     except Exception as error:  # the reader in C++ raises what it likes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return Finding(str(path), size, md5, f"cannot be read: {reason}")
-    fault = "" if count == length else f"{count:,} records, not {length:,}"
-    return Finding(str(path), size, md5, fault)
+        return Finding(str(path), size, md5, f"cannot be read: {one_line(error)}")
+    if count != length:
+        return Finding(str(path), size, md5, f"{count:,} records, not {length:,}")
+    note = f"{count:,} records, whole by their own checksums; there is no published one"
+    return Finding(str(path), size, md5, note=note)

@@ -14,15 +14,16 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from normlab import models, run
 from normlab.data import order_hash, train_indices, training_batch
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, Variables, by_split
-from normlab.training.examples import load_data
+from normlab.training.examples import RunData, load_data
 from normlab.training.probe import unit_percentiles
-from normlab.training.record import describe_run, note_groups
+from normlab.training.record import check_fingerprint, describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
 from normlab.training.signals import Interrupted, Signals
 from normlab.training.sinks import check_sinks, open_sinks
@@ -51,8 +52,8 @@ def train(
     Returns the final metrics, as in result.json: `test_accuracy`, `test_loss`, ..., `status`
     ("done" or "diverged"), `steps`, `seconds`, `compile_seconds`, `examples_per_second`,
     `num_params`. `overrides` are noted in the manifest. Raises UserError before anything is
-    compiled or written if the config or the folder is wrong, and Interrupted after a SIGINT or
-    SIGTERM.
+    compiled or written if the config or the folder is wrong, or the data are no longer those that
+    the run began with, and Interrupted after a SIGINT or SIGTERM.
     """
     folder = Path(workdir)
     parts = build_parts(config)
@@ -64,8 +65,13 @@ def train(
             run.note_result(folder, finished)
             return finished
         with run.log_to(folder / "log.txt"), run.failure_noted(folder):
+            began = time.perf_counter()
             parallel.enable_compilation_cache(config)
-            return _Run(parts, folder, overrides or {}, progress).finish()
+            mesh = parallel.make_mesh()
+            data = load_data(config, mesh)
+        check_fingerprint(folder, config, data.fingerprint)
+        with run.log_to(folder / "log.txt"), run.failure_noted(folder):
+            return _Run(parts, folder, overrides or {}, progress, mesh, data, began).finish()
 
 
 class _Run:
@@ -77,12 +83,14 @@ class _Run:
         folder: Path,
         overrides: Mapping[str, Any],
         progress: Progress | None,
+        mesh: Mesh,
+        data: RunData,
+        began: float,
     ) -> None:
         config = parts.config
         self.parts, self.folder, self.progress = parts, folder, progress
-        self.clock = self.last_sign = time.perf_counter()
-        self.mesh = parallel.make_mesh()
-        self.data = load_data(config, self.mesh)
+        self.mesh, self.data = mesh, data
+        self.clock, self.last_sign = began, time.perf_counter()
         self.compiler = parallel.Compiler()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
 

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from normlab import run
 from normlab.config import to_json
 from normlab.data import augmentation_hash
+from normlab.errors import UserError
 from normlab.models.layers import norm_layers
 from normlab.training.setup import Parts, id_of
 
@@ -39,6 +41,23 @@ def _digits(array: np.ndarray) -> str:
 def describe_process() -> dict[str, Any]:
     """Returns what a run of this process stands on apart from its config."""
     return run.describe_machine() | {"devices": [str(device) for device in jax.devices()]}
+
+
+def check_fingerprint(folder: Path, config: ConfigDict, fingerprint: str) -> None:
+    """Raises UserError if the run in `folder` was begun with data of another fingerprint.
+
+    Its steps so far would belong to other examples, in another order. Reads the manifest alone.
+    """
+    manifest = run.read_json(folder / "manifest.json")
+    if manifest is None:
+        return
+    began = manifest.get("data_fingerprint")
+    if began != fingerprint:
+        raise UserError(
+            f"run {str(folder)!r} was made with data of fingerprint {str(began)[:12]}, "
+            f"config field 'data.path' = {config.data.path!r} has {fingerprint[:12]}; "
+            "choose another folder, or the data of then"
+        )
 
 
 def describe_run(

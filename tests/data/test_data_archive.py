@@ -326,7 +326,7 @@ def test_a_label_out_of_range_is_refused(tmp_path: Path, archive: Config) -> Non
     files = cifar("cifar10", "binary")
     files["test_batch.bin"] = b"\x0a" + files["test_batch.bin"][1:]
     message = refused(archive("cifar10", write(tmp_path, files)), load)
-    assert message == "data set 'cifar10': test label 10 is not below 10"
+    assert message == "data set 'cifar10': test label 10 is not one from 0 to 9"
 
 
 # Archives that mean harm -------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Class folders: their layout, what a model gets of them, and what is refused."""
 
+import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ from official import data_config
 from PIL import Image
 
 from normlab.cli import main
-from normlab.data import Encoded, describe, hold_out, load
+from normlab.data import Encoded, check_cropping, describe, hold_out, load
+from normlab.data.info import DATASETS
 from normlab.data.verify import verify
 from normlab.errors import UserError
 
@@ -129,6 +132,45 @@ def test_fields_that_do_not_fit_are_refused(pets):
         describe(data_config(image_size=9))
 
 
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../dog"])
+def test_a_link_that_leads_back_is_named_and_not_followed(pets, target):
+    link = pets / "train/cat/loop"
+    link.symlink_to(target if target != "../../dog" else pets / "train/dog")
+    if target == "../../dog":  # through another class's link back to the first
+        (pets / "train/dog/back").symlink_to(pets / "train/cat")
+        assert refused(pets).endswith("is a link to a folder that it lies in")
+        return
+    assert refused(pets) == f"{str(link)!r} is a link to a folder that it lies in"
+
+
+def test_a_link_to_images_elsewhere_is_followed(pets, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (pets / "val/cat/1.png").rename(elsewhere / "1.png")
+    (pets / "val/cat").rmdir()
+    (pets / "val/cat").symlink_to(elsewhere)
+    assert load(config(pets)).info.num_test == 3
+
+
+def test_names_that_are_no_utf_8_are_read_and_shown(pets, capsys):
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (pets / split / "dog").rename(pets / split / name)
+    (pets / "train/cat/a.png").rename(pets / "train/cat" / f"{name}.png")
+    data = load(config(pets))
+    assert data.info.class_names == ("caf\udce9", "cat")
+    assert data.train.decode(2, 3)[1] == 1
+    (pets / f"train/cat/{name}.png").write_bytes(b"none")
+    assert main(["data", "verify", "pets", f"--path={pets}"]) == 2
+    assert "caf\\udce9.png' is in no format" in capsys.readouterr().out
+
+
+def test_a_crop_of_next_to_nothing_is_refused():
+    for area in ((1e-9, 1e-9), (0.0, 1.0), (0.5, 0.4)):
+        with pytest.raises(UserError, match=r"'data.crop_area' = .* area, 0.0001 or more, the sm"):
+            check_cropping(data_config(crop_area=area))
+    check_cropping(data_config(crop_area=(1e-4, 1.0)))
+
+
 def test_verify_names_the_image_that_cannot_be_decoded(pets):
     assert not any(found.fault for found in verify("pets", "folder", str(pets)))
     content = (pets / "train/cat/b.jpg").read_bytes()[:200]
@@ -138,6 +180,25 @@ def test_verify_names_the_image_that_cannot_be_decoded(pets):
     assert wrong.size == 200
     assert len(wrong.md5) == 32
     assert wrong.file in wrong.fault
+    *_, train, test = verify("pets", "folder", str(pets))
+    assert (train.note, train.verdict) == (
+        "5 images in 2 classes, each decoded; 1 of them wrong",
+        "",
+    )
+    assert (test.note, test.verdict) == ("3 images in 2 classes, each decoded", "ok")
+
+
+def test_a_part_of_a_known_data_set_is_called_a_part(pets, capsys, monkeypatch):
+    whole = dataclasses.replace(describe(config(pets)), num_train=9469, num_test=3)
+    monkeypatch.setitem(DATASETS, "pets", whole)
+    assert main(["data", "verify", "pets", f"--path={pets}"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "pets (folder): nothing is wrong with what is there; 5 of 9,469 training images"
+    )
+    monkeypatch.setitem(DATASETS, "pets", describe(config(pets)))
+    assert main(["data", "verify", "pets", f"--path={pets}"]) == 0
+    assert capsys.readouterr().out.endswith("pets (folder): nothing is wrong\n")
 
 
 def test_the_command_refuses_another_data_sets_folder(pets, capsys):

@@ -127,6 +127,65 @@ def test_an_image_that_is_cut_off_is_named():
         Encoded(1, lambda i: (half, 0), lambda i: "x.jpg").decode(0, 3)
 
 
+def decoded(image: Image.Image, form: str = "PNG", channels: int = 3) -> np.ndarray:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    images = Encoded(1, lambda i: (buffer.getvalue(), 0), lambda i: f"x.{form.lower()}")
+    return np.asarray(images.decode(0, channels)[0])
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_16_bits_of_grey_become_8(form):
+    # 65535 = 257 · 255, so a value v is v / 257, rounded: 128 / 257 < 1/2 < 129 / 257.
+    values = np.array([[0, 128, 129, 257, 25700, 65535]], np.uint16)
+    for channels in (1, 3):
+        pixels = decoded(Image.fromarray(values), form, channels)
+        assert pixels.reshape(6, -1)[:, 0].tolist() == [0, 0, 1, 1, 100, 255]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_a_mode_of_unknown_range_is_refused_with_its_file(dtype, mode):
+    with pytest.raises(UserError, match=rf"^image 'x.tiff' has mode '{mode}', whose range is unkn"):
+        decoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
+
+
+def test_transparent_pixels_lie_on_white():
+    # Half of red (200, 0, 0) on white: (200 + 255) / 2 and 255 / 2, to half a level.
+    pixels = np.array([[[200, 0, 0, 0], [200, 0, 0, 128], [200, 0, 0, 255]]], np.uint8)
+    colours = decoded(Image.fromarray(pixels))[0].tolist()
+    assert colours == [[255, 255, 255], [227, 127, 127], [200, 0, 0]]
+    palette = Image.new("P", (1, 1), 3)
+    palette.putpalette([9] * 768)
+    palette.info["transparency"] = 3
+    assert decoded(palette)[0].tolist() == [[255, 255, 255]]
+    grey = np.array([[[7, 0], [7, 255]]], np.uint8)
+    assert decoded(Image.fromarray(grey, "LA"), channels=1).tolist() == [[255, 7]]
+
+
+def test_whatever_a_decoder_raises_the_image_is_named(monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("an integer is required\nin line 3")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    message = r"^image 'image 0' cannot be decoded: an integer is required$"
+    with pytest.raises(UserError, match=message):
+        encoded(ramp(4, 4)).decode(0, 3)
+
+
+@pytest.mark.parametrize("label", [-1, 2, 10**10])
+def test_a_label_of_no_class_is_refused_where_it_is_read(label):
+    content = encoded(ramp(4, 4)).read(0)[0]
+    images = Encoded(3, lambda i: (content, label if i == 1 else 0), lambda i: f"x[{i}]", 2)
+    message = rf"^image 'x\[1\]' has label {label}, not one from 0 to 1$"
+    with pytest.raises(UserError, match=message):
+        images.whole((4, 4, 3))
+    with pytest.raises(UserError, match=message):
+        images.cropped(np.array([0, 1]), [central_part(1.0)] * 2, (4, 4, 3), "box")
+    with pytest.raises(UserError, match=message):
+        images.select(np.array([False, True, True])).decode(0, 3)
+    assert images.decode(2, 3)[1] == 0
+
+
 # Prefetching
 
 

@@ -57,6 +57,15 @@ def test_the_infos_moments_are_those_of_the_training_pixels(digits: Dataset) -> 
     np.testing.assert_allclose(pixels.std(), digits.info.std[0], atol=5e-5)
 
 
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_in_memory_that_is_of_no_class_is_refused(monkeypatch, label: int) -> None:
+    pixels, labels = load_digits(return_X_y=True)
+    labels[5] = label  # the first training image: each class's first is a test image
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda **_: (pixels, labels))
+    with pytest.raises(UserError, match=rf"label {label} is not one from 0 to 9$"):
+        load(DIGITS)
+
+
 def test_the_fingerprint_is_pinned(digits: Dataset) -> None:
     # A change of the split, the scaling or the digest makes runs incomparable with earlier ones.
     assert digits.fingerprint == "c199e77b7d21af4b41671570a43a77e2841259af1d9a7c57c248d034375cecf0"

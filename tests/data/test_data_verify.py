@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from official import cifar, gzipped, idx, python2_pickle, write, write_tar
+from official import INFOS, cifar, gzipped, idx, python2_pickle, write, write_tar
 
 from normlab.cli import main
 from normlab.data import archive
@@ -97,9 +97,32 @@ def test_gzipped_idx_files_are_judged_by_what_is_in_them(tmp_path, monkeypatch):
 def test_a_file_without_published_checksum_says_so(tmp_path):
     folder = write(tmp_path / "cifar-100-binary", cifar("cifar100", "binary"))
     found = list(verify("cifar100", "archive", str(folder)))
-    assert {x.note for x in found} == {"no published checksum"}
+    assert not any(x.fault for x in found)
+    assert all("labels alone; no published checksum, so the con" in x.note for x in found)
+    assert all(x.verdict == "ok" for x in found)
     pickled = write(tmp_path / "cifar-100-python", cifar("cifar100", "python", python2_pickle))
     assert all("MD5" in x.fault for x in verify("cifar100", "archive", str(pickled)))
+
+
+@pytest.mark.parametrize(
+    ("column", "label", "fault"),
+    [
+        (0, 20, "record 1 has coarse label 20, not one from 0 to 19"),
+        (1, 100, "record 1 has label 100, not one from 0 to 99"),
+        (1, 255, "record 1 has label 255, not one from 0 to 99"),
+    ],
+)
+def test_labels_of_cifar100s_binary_files_are_checked(tmp_path, column, label, fault):
+    files = cifar("cifar100", "binary")
+    content = bytearray(files["test.bin"])
+    record = len(content) // INFOS["cifar100"].num_test
+    content[record + column] = label
+    files["test.bin"] = bytes(content)
+    folder = write(tmp_path / "cifar-100-binary", files)
+    assert faults(folder, "cifar100") == {str(folder / "test.bin"): fault}
+    content[record + column] -= 1 if label < 255 else 156  # the highest there is
+    (folder / "test.bin").write_bytes(content)
+    assert faults(folder, "cifar100") == {}
 
 
 def test_every_layout_but_cifar100_binary_has_published_checksums():

@@ -1,6 +1,7 @@
 """Runs on images that are decoded batch by batch: exact, resumable, the same for every variant."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normlab.cli import main
 from normlab.config import load_config
 from normlab.data import random_part
+from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
 from normlab.training.examples import load_data
 from normlab.training.loop import train
@@ -123,11 +126,49 @@ def test_variants_that_share_a_seed_see_the_same_crops(squares):
     np.testing.assert_array_equal(a[1][2], np.asarray(part))
 
 
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_run_does_not_go_on_with_other_data_and_nothing_of_it_is_touched(
+    squares, tmp_path, with_checkpoint
+):
+    shutil.copytree(squares, tmp_path / "data")
+    config = config_of(tmp_path / "data")
+
+    class Cut(Exception):
+        pass
+
+    def cut(step, _total, line):
+        if step == 6 and line:
+            raise Cut
+
+    folder = tmp_path / "run"
+    with pytest.raises(Cut):
+        train(config, folder, progress=cut)
+    if not with_checkpoint:
+        shutil.rmtree(folder / "checkpoints")
+    began = json.loads((folder / "manifest.json").read_text())["data_fingerprint"][:12]
+    before = contents(folder)
+    (tmp_path / "data/train/dark/0.png").unlink()
+    with pytest.raises(UserError) as caught:
+        train(config, folder)
+    message = str(caught.value)
+    assert f"was made with data of fingerprint {began}, config field 'data.path' = " in message
+    assert "\n" not in message
+    assert contents(folder) == before
+    assert before["metrics.jsonl"]
+    # With the data of then it goes on to the end.
+    shutil.copy(squares / "train/dark/0.png", tmp_path / "data/train/dark/0.png")
+    assert train(config, folder)["steps"] == 9
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_a_damaged_image_ends_the_run_with_its_name(squares, tmp_path):
-    import shutil
-
-    from normlab.errors import UserError
-
     shutil.copytree(squares, tmp_path / "data")
     (tmp_path / "data/train/dark/3.png").write_bytes(b"no image")
     config = config_of(tmp_path / "data")
@@ -156,8 +197,6 @@ def test_a_sheet_has_a_row_a_class_and_says_what_the_data_are(squares, tmp_path)
 
 
 def test_a_picture_that_is_no_sheet_is_never_replaced(squares, tmp_path):
-    from normlab.errors import UserError
-
     _, sheet = draw_sheet(config_of(squares), classes=1, samples=1)
     for name, content in (("holiday.png", None), ("notes.txt", b"mine")):
         path = tmp_path / name
@@ -169,6 +208,55 @@ def test_a_picture_that_is_no_sheet_is_never_replaced(squares, tmp_path):
         with pytest.raises(UserError, match=r"is there and is no sheet of samples"):
             save_sheet(sheet, path)
         assert path.read_bytes() == before
+
+
+def test_every_row_has_its_test_image_where_the_last_batch_is_partial(squares, tmp_path):
+    shutil.copytree(squares, tmp_path / "data")
+    for name in ("1.png", "2.png"):
+        (tmp_path / "data/val/light" / name).unlink()
+    # Three dark test images and one light one, in batches of three: the last holds the light one.
+    config = config_of(tmp_path / "data", eval__batch_size=3)
+    sheet = np.asarray(draw_sheet(config, classes=2, samples=1)[1])
+    light = sheet[88:152, 132 : 132 + 64]
+    assert light.min() >= 127
+    assert light.mean() < 250  # an empty cell is white
+
+
+def test_a_sheet_is_as_wide_as_what_was_found(squares):
+    # Of each class at most its ten training images: 132 for names, 1 + 10 cells, a wider gap.
+    _, sheet = draw_sheet(config_of(squares), classes=2, samples=500)
+    cells = (sheet.width - 132 - 3 * 4) / (64 + 4) - 1
+    assert cells.is_integer()
+    assert 1 <= cells <= 10
+
+
+@pytest.mark.parametrize("number", [10_000, 10**30])
+def test_a_sheet_too_large_is_refused_before_the_data_are_read(squares, number, monkeypatch):
+    monkeypatch.setattr("normlab.training.sheet.load_data", None)
+    config = config_of(squares, data__image_size=4096, train__batch_size=2)
+    with pytest.raises(UserError, match=r"make a sheet of [0-9,]+×[0-9,]+ pixels; 50,000,000 is"):
+        draw_sheet(config, classes=10, samples=number)
+
+
+def test_where_a_sheet_cannot_be_written_is_said_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("normlab.training.sheet.draw_sheet", None)
+    command = ["data", "info", "--config=configs/digits.py"]
+    assert main([*command, f"--sheet={tmp_path / 'none/x.png'}"]) == 2
+    assert f"there is no folder {str(tmp_path / 'none')!r}\n" in capsys.readouterr().err
+    assert main([*command, f"--sheet={tmp_path}"]) == 2
+    assert "is there and is no sheet of samples" in capsys.readouterr().err
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # a picture of more than twice that is a bomb
+    Image.new("RGB", (4, 4)).save(tmp_path / "big.png")
+    assert main([*command, f"--sheet={tmp_path / 'big.png'}"]) == 2
+    assert "is there and is no sheet of samples" in capsys.readouterr().err
+
+
+def test_the_facts_say_whose_mean_and_deviation_are_taken(squares):
+    facts, _ = draw_sheet(config_of(squares), classes=1, samples=1)
+    assert facts["mean"] == "0.485, 0.456, 0.406 (ImageNet's)"
+    assert facts["standard deviation"].endswith("(ImageNet's)")
+    facts, _ = draw_sheet(load_config("configs/digits.py"), classes=1, samples=1)
+    assert facts["mean"] == "0.3058"
 
 
 def test_the_sheets_images_are_those_of_the_first_steps():
