@@ -72,6 +72,7 @@ def as_json(sweep: Sweep) -> dict[str, Any]:
         "sentences": list(claim.sentences),
         "test": claim.test,
         "interval": sweep.interval,
+        "overrides": notes.overrides(sweep.overrides),
         "numbers": numbers(sweep),
         "provenance": notes.provenance(sweep),
         "rows": [_row(row) for row in sweep.rows],
@@ -114,7 +115,9 @@ def overview(lines: Iterable[Line], results: Path) -> str:
     for line in lines:
         found = _read(results / f"{line.name}-{line.scale}")
         cost = f" ({escape_markdown(line.cost)})" if line.cost else ""
-        cells = [escape_markdown(line.claim), f"`{line.command}`{cost}"]
+        given = [f"--config.{field}" for field in (found or {}).get("overrides", [])]
+        command = " ".join([line.command, *given]).replace("`", "'").replace("|", "\\|")
+        cells = [escape_markdown(line.claim), f"`{command}`{cost}"]
         if found is None:
             cells += ["", "not run here", ""]
         else:

@@ -206,3 +206,13 @@ def test_a_published_value_stands_beside_the_field_that_it_is_of(make_sweep, tmp
     sweep = load(tmp_path)
     found = {row[0].text: row[2].text for row in beside(sweep, sweep.claim.published[0]).rows}
     assert found == {"num_groups=8, batch_size=2": "70.00"}
+
+
+def test_the_overview_shows_the_overrides_of_a_kept_trial(sweep, tmp_path):
+    plan = json.loads((tmp_path / "runs/sweep.json").read_text())
+    plan["overrides"] = {"train.num_epochs": 0.02, "data.path": "elsewhere"}
+    (tmp_path / "runs/sweep.json").write_text(json.dumps(plan))
+    publish(load(tmp_path / "runs"), tmp_path / "results/a_claim-smoke")
+    text = overview([Line("a_claim", "smoke", "c", "a minute")], tmp_path / "results")
+    command = "normlab paper a_claim --scale=smoke --config.train.num_epochs=0.02"
+    assert f"`{command}` (a minute)" in text
