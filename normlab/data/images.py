@@ -148,6 +148,8 @@ def _eight_bit(image: "Image") -> "Image | None":
     is_wide = image.mode == "I" and image.format in ("PNG", "PPM")
     if is_wide or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
+        if "transparency" in image.info:  # the one value that is transparent
+            values = np.where(values == image.info["transparency"], 65535, values)
         return Image.fromarray(((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8))
     if image.mode not in _EIGHT_BIT_MODES:
         return None

@@ -158,6 +158,9 @@ def test_transparent_pixels_lie_on_white():
     palette.putpalette([9] * 768)
     palette.info["transparency"] = 3
     assert decoded(palette)[0].tolist() == [[255, 255, 255]]
+    wide = Image.fromarray(np.array([[512, 514]], np.uint16))  # 2 · 257 is 2 of 8 bits
+    wide.info["transparency"] = 512
+    assert decoded(wide, channels=1).tolist() == [[255, 2]]
     grey = np.array([[[7, 0], [7, 255]]], np.uint8)
     assert decoded(Image.fromarray(grey, "LA"), channels=1).tolist() == [[255, 7]]
 
