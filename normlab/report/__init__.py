@@ -32,10 +32,9 @@ def write(directory: Path, sweep: Sweep | None = None) -> Paths:
     is nothing to report on, MachineFault if a file cannot be written.
     """
     from normlab.report import figures, plots
-    from normlab.report.document import markdown
-    from normlab.report.drawing import csv_text, latex_table
+    from normlab.report.document import latex, markdown
+    from normlab.report.drawing import csv_text
     from normlab.report.page import html
-    from normlab.report.tables import headline
     from normlab.run import write_text
 
     directory = Path(directory)
@@ -43,7 +42,7 @@ def write(directory: Path, sweep: Sweep | None = None) -> Paths:
     drawn = plots.figures(sweep)
     folder = directory / figures.FOLDER
     texts = {
-        "report.tex": latex_table(headline(sweep)),
+        "report.tex": latex(sweep),
         "report.html": html(sweep, drawn),
         "report.md": markdown(sweep, drawn, f"{figures.FOLDER}/"),
         "report.csv": csv_text(sweep),

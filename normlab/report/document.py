@@ -1,10 +1,10 @@
-"""The report as Markdown, for a repository, an issue or a pull request."""
+"""The report as Markdown, for a repository or an issue, and its tables for LaTeX."""
 
 from collections.abc import Iterable
 
 from normlab.report import notes, tables
 from normlab.report.differences import baseline_of, differences
-from normlab.report.drawing import escape_markdown, markdown_table
+from normlab.report.drawing import escape_markdown, latex_table, markdown_table
 from normlab.report.plots import Figures
 from normlab.report.published import beside
 from normlab.report.row import Sweep
@@ -57,6 +57,19 @@ def markdown(
         markdown_table(tables.run_list(sweep, links)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex(sweep: Sweep) -> str:
+    """Returns the headline, the paper's numbers and the paired differences, each after a comment.
+
+    Tables for LaTeX with the package booktabs, to be pasted one by one.
+    """
+    named = {"Test accuracy (%)": tables.headline(sweep)}
+    for number, table in enumerate(sweep.claim.published if sweep.claim else (), 1):
+        named[f"Published numbers, table {number}"] = beside(sweep, table)
+    named["Paired differences (points)"] = differences(sweep)
+    drawn = (f"% {name}\n{latex_table(table)}" for name, table in named.items() if table.rows)
+    return "\n".join(drawn)
 
 
 def _config(sweep: Sweep) -> list[str]:

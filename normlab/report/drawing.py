@@ -63,10 +63,15 @@ def latex_table(table: Table) -> str:
     """Returns a table for LaTeX with the package booktabs."""
     places = range(len(table.columns))
     aligned = "".join("l" if place in table.words else "r" for place in places)
-    lines = [list(table.columns), *([str(cell) for cell in row] for row in table.rows)]
-    head, *rows = (" & ".join(map(escape_latex, line)) + r" \\" for line in lines)
+    lines = [list(map(escape_latex, table.columns)), *(map(_latex_cell, row) for row in table.rows)]
+    head, *rows = (" & ".join(line) + r" \\" for line in lines)
     parts = [rf"\begin{{tabular}}{{{aligned}}}", r"\toprule", head, r"\midrule", *rows]
     return "\n".join([*parts, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = escape_latex(str(cell))
+    return rf"\textbf{{{text}}}" if cell.strong else text
 
 
 def escape_latex(text: str) -> str:

@@ -67,12 +67,12 @@ class Hypothesis:
     def judge(self, sweep: Sweep, comparisons: int) -> tuple[bool | None, str]:
         """Returns (holds, contradicted or None if undecided; a sentence with the numbers)."""
         a, b = _rows(sweep, self.a), _rows(sweep, self.b)
-        difference, _ = compare(a, b, comparisons, sweep.interval, self.measure)
+        difference, marks = compare(a, b, comparisons, sweep.interval, self.measure)
         holds = self._holds(difference)
         about = f"{self.what} of " if self.what else ""
         statement = f"{about}{_words(self.a)} {self._relation()} {_words(self.b)}"
         answer = {True: "holds", False: "contradicted", None: "undecided"}[holds]
-        numbers = _numbers(difference, self.unit)
+        numbers = "; ".join([_numbers(difference, self.unit), *marks])
         if {row.id for row in a} == {row.id for row in b}:
             numbers = "the very same runs"
         # To lie within two bounds takes more than to lie beyond one: half the risk for each.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from normlab.report import drawing, tables
-from normlab.report.document import markdown
+from normlab.report.document import latex, markdown
 from normlab.report.notes import footnotes, summary
 from normlab.report.rows import load
 
@@ -232,8 +232,23 @@ def test_latex_escapes_what_latex_would_read(make_sweep, tmp_path):
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_takes_the_table(make_sweep, tmp_path):
-    table = drawing.latex_table(tables.headline(load(make_sweep(tmp_path))))
+    table = latex(load(make_sweep(tmp_path)))
     start = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
     (tmp_path / "t.tex").write_text(start + table + r"\end{document}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_the_latex_file_has_all_tables_and_bold_where_decided(make_sweep, tmp_path):
+    def run(setting, norm, seed):
+        start, rise = {"batch_norm": (0.90, 0.010), "layer_norm": (0.92, 0.011)}[norm]
+        return {"accuracy": start + rise * seed}
+
+    norms = ("batch_norm", "layer_norm")
+    text = latex(load(make_sweep(tmp_path, settings={"base": {}}, norms=norms, run=run)))
+    assert [line for line in text.splitlines() if line.startswith("%")] == [
+        "% Test accuracy (%)",
+        "% Paired differences (points)",
+    ]
+    assert r"\textbf{+2.10 $\pm$ 0.25}" in text
+    assert text.count(r"\toprule") == 2
