@@ -1,6 +1,7 @@
 """Verdicts: hypotheses about two cells, and the claim they make up."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from normlab.report.document import markdown
 from normlab.report.page import html
 from normlab.report.row import digest
 from normlab.report.rows import load
+from normlab.report.statistics import t_quantile
 from normlab.report.verdict import Verdict, above, all_of, as_json, close, judge
 
 NORMS = ("batch_norm", "layer_norm", "none")
@@ -212,3 +214,15 @@ def test_damaged_facts_do_not_stop_a_report(experiment, tmp_path, damage):
 def test_a_claim_of_nothing_is_refused():
     with pytest.raises(ValueError, match="names no hypothesis"):
         all_of()
+
+
+def test_the_seeds_said_for_equivalence_give_the_power_that_is_said(sweep):
+    """Differences of −1, 0 and 1 points: mean 0, s = 1. Both bounds must be excluded at once."""
+    rows = sweep(batch_norm=(0.90, 0.91, 0.92), layer_norm=(0.91, 0.91, 0.91))
+    verdict = judge(all_of(close("batch_norm", "layer_norm", 1.0)), rows)
+    told = re.search(r"about (\d+) in all would decide", verdict.sentences[0])
+    n, draw = int(told[1]), np.random.default_rng(0)
+    found = draw.normal(0, 1, (20_000, n))
+    half_width = t_quantile(0.975, n - 1) * found.std(axis=1, ddof=1) / n**0.5
+    power = float((abs(found.mean(axis=1)) + half_width < 1).mean())
+    assert 0.8 <= power < 0.9

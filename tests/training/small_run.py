@@ -1,0 +1,23 @@
+"""A run of a few steps of a net of two layers, and what it wrote."""
+
+import json
+
+from normlab.config import load_config
+
+SMALL = {
+    "model.widths": (4, 8),
+    "model.strides": (2, 2),
+    "train.num_steps": 12,
+    "log.every_steps": 5,
+    "eval.every_steps": 6,
+    "checkpoint.every_steps": 4,
+}
+
+
+def small(norm="batch_norm", **fields):
+    names = {name.replace("__", "."): value for name, value in fields.items()}
+    return load_config(f"configs/digits.py:norm={norm}", SMALL | names)
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
