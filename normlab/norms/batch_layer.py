@@ -57,12 +57,10 @@ class BatchLayerNorm(Normalizer):
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-3  # added to the variances, inside the roots
     delta_sign: int = -1  # of 10⁻⁴ in the batch part's weight: -1 (official layer) or 1 (its plots)
-    population_mean: bool = True  # inference: the running mean, or that of the batch at hand
-    population_var: bool = True  # inference: the running variance, or that of the batch at hand
-    population_feature_mean: bool = (
-        False  # inference: running mean of features, or a position's own
-    )
-    population_feature_var: bool = False  # inference: their running variance, or a position's own
+    population_mean: bool = True  # inference: the running mean, not that of the batch at hand
+    population_var: bool = True  # inference: the running variance, not that of the batch at hand
+    population_feature_mean: bool = False  # inference: the running mean of features, not their own
+    population_feature_var: bool = False  # inference: their running variance, not their own
     running_variance: str = "unbiased"  # what is averaged of the batch: unbiased (paper) or biased
     use_scale: bool = True  # learn a gain per channel
     use_bias: bool = True  # learn an offset per channel
@@ -145,6 +143,8 @@ class BatchLayerNorm(Normalizer):
             for name, variable in averages.items():
                 variable.value = after[name]
             largest = jnp.max(batch.moments.count).astype(jnp.int32)
+            if batch.grouping.axis_name is not None:
+                largest = jax.lax.pmax(largest, batch.grouping.axis_name)
             batch_size.value = jnp.where(moved, largest, batch_size.value)
         return y.reshape(x.shape).astype(output_dtype(self, x))
 

@@ -215,7 +215,8 @@ def debiased_momentum(momentum: float, count: Array) -> Array | float:
     """
     if momentum in (0, 1):
         return momentum
-    return 1 - (1 - momentum) / -jnp.expm1(count * math.log(momentum))
+    later = 1 - (1 - momentum) / -jnp.expm1(count * math.log(momentum))
+    return jnp.where(count > 1, later, 0)  # exactly: the start may be far from the first value
 
 
 # Masks -------------------------------------------------------------------------------------------
