@@ -229,25 +229,23 @@ def test_half_precision_rounds_the_output_and_nothing_else(case, dtype, atol):
         np.testing.assert_allclose(variables["batch_stats"][name], value, atol=2e-6, rtol=2e-6)
 
 
-@EVERY
-def test_values_that_are_masked_count_nowhere(case):
-    """Random positions of some examples: the unmasked ones as if a channel had only those."""
-    if case.module is BatchLayerNorm or case is CASES["hybrid"]:
-        mask = np.array([1, 1, 0, 1, 1, 0], bool)
-        x = data(0)
-        whole = CASES["hybrid"] if case is CASES["hybrid"] else case
-        y, _ = train(case.module(), np.where(mask[:, None, None], x, 99).astype("f4"), mask=mask)
-        if whole is case and case.module is BatchLayerNorm:
-            np.testing.assert_allclose(y[mask], layered_train(x[mask]), atol=2e-5)
-        else:
-            part = x[:2, :, :2]  # the unmasked of the first group, its first two channels
-            exact = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
-            np.testing.assert_allclose(y[:2, :, :2], exact, atol=2e-5)
-        return
-    mask = np.random.default_rng(5).random(SHAPE[:2]) < 0.6
-    x = data(0)
+@pytest.mark.parametrize("case", [CASES["l1"], CASES["mean only"]], ids=["l1", "mean only"])
+def test_positions_that_are_masked_count_nowhere(case):
+    """Random ones: the others come out as if a channel had only those."""
+    mask, x = np.random.default_rng(5).random(SHAPE[:2]) < 0.6, data(0)
     y, _ = train(case.module(), np.where(mask[..., None], x, 99).astype("f4"), mask=mask)
     np.testing.assert_allclose(y[mask], case.train(x[mask][None])[0], atol=2e-5)
+
+
+def test_examples_that_are_masked_count_in_no_part_of_a_batch():
+    mask, x = np.array([1, 1, 0, 1, 1, 0], bool), data(0)
+    padded = np.where(mask[:, None, None], x, 99).astype("f4")
+    y, _ = train(BatchLayerNorm(), padded, mask=mask)  # m is 4
+    np.testing.assert_allclose(y[mask], layered_train(x[mask]), atol=2e-5)
+    y, _ = train(CASES["hybrid"].module(), padded, mask=mask)
+    part = x[:2, :, :2]  # what is left of the first group, its first two channels
+    exact = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+    np.testing.assert_allclose(y[:2, :, :2], exact, atol=2e-5)
 
 
 @EVERY
