@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from normlab.norms import NORMS, GroupNorm
+from normlab.norms import NORMS, BatchGroupNorm, GroupNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLaye
 
 
 def _note(module: nn.Module, channels: int) -> str:
-    if not isinstance(module, GroupNorm):
+    if not isinstance(module, GroupNorm | BatchGroupNorm):
         return ""
     wish, groups = module.num_groups, module.groups_of(channels)
     if module.group_size is not None:

@@ -6,14 +6,23 @@ arithmetic, and `groups.py` for which examples share a statistic.
 
 from typing import Any
 
+from normlab.norms.backward import join_state, split_state
 from normlab.norms.batch import BatchNorm
+from normlab.norms.batch_group import BatchGroupNorm
+from normlab.norms.batch_layer import BatchLayerNorm
 from normlab.norms.factory import FACTORY_FIELDS, NormFactory, make_factory
+from normlab.norms.full import FullNorm
 from normlab.norms.functional import Moments
 from normlab.norms.group import GroupNorm
 from normlab.norms.identity import Identity
 from normlab.norms.instance import InstanceNorm
+from normlab.norms.l1_batch import L1BatchNorm
 from normlab.norms.layer import LayerNorm
+from normlab.norms.mean_only import MeanOnlyBatchNorm
+from normlab.norms.moving_average_batch import MovingAverageBatchNorm
 from normlab.norms.normalizer import Normalizer
+from normlab.norms.online import OnlineNorm
+from normlab.norms.power import PowerNorm
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.rms import RMSNorm
 
@@ -21,6 +30,14 @@ NORMS: dict[str, type[Normalizer]] = {
     "none": Identity,
     "batch_norm": BatchNorm,
     "batch_renorm": BatchRenorm,
+    "l1_batch_norm": L1BatchNorm,
+    "mean_only_batch_norm": MeanOnlyBatchNorm,
+    "batch_group_norm": BatchGroupNorm,
+    "batch_layer_norm": BatchLayerNorm,
+    "full_norm": FullNorm,
+    "moving_average_batch_norm": MovingAverageBatchNorm,
+    "online_norm": OnlineNorm,
+    "power_norm": PowerNorm,
     "layer_norm": LayerNorm,
     "rms_norm": RMSNorm,
     "group_norm": GroupNorm,
@@ -44,15 +61,25 @@ def make_norm(
 __all__ = [
     "FACTORY_FIELDS",
     "NORMS",
+    "BatchGroupNorm",
+    "BatchLayerNorm",
     "BatchNorm",
     "BatchRenorm",
+    "FullNorm",
     "GroupNorm",
     "Identity",
     "InstanceNorm",
+    "L1BatchNorm",
     "LayerNorm",
+    "MeanOnlyBatchNorm",
     "Moments",
+    "MovingAverageBatchNorm",
     "NormFactory",
     "Normalizer",
+    "OnlineNorm",
+    "PowerNorm",
     "RMSNorm",
+    "join_state",
     "make_norm",
+    "split_state",
 ]

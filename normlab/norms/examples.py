@@ -13,11 +13,13 @@ from jax import Array
 
 from normlab.norms.functional import (
     Axes,
+    Moments,
+    blend_moments,
     expand_mask,
     finite_where_masked,
     moments,
     normalize,
-    pool_moments,
+    pool_channels,
     rough_mean,
     statistics_dtype,
 )
@@ -61,15 +63,23 @@ def normalize_groups(
     the module's.
     """
     shift = rough_mean(x, position_axes(x), mask)
-    channels = moments(x, position_axes(x), mask, shift)
-    members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
-    pooled = pool_moments(members, (-1,))
+    pooled = pool_channels(moments(x, position_axes(x), mask, shift), num_groups)
     note_nonfinite(module, jnp.isfinite(pooled.var).all())
-    mean, var = (
-        jnp.broadcast_to(part, members.mean.shape).reshape(shift.shape)
-        for part in (pooled.mean, pooled.var)
-    )
-    return normalize(x, mean, jax.lax.rsqrt(var + module.epsilon), scale, bias, shift)
+    inverse_std = jax.lax.rsqrt(pooled.var + module.epsilon)
+    return normalize(x, pooled.mean, inverse_std, scale, bias, shift)
+
+
+def weigh_example(x: Array, mask: Array | None, mean: Array, var: Array, weight: float) -> Moments:
+    """Returns (1 − weight)·running + weight·own first and second moments, [N, 1, ..., 1, C].
+
+    `mean`, `var`: the running ones [C]; an example's own are over its unmasked positions, and have
+    no weight where there is none.
+    """
+    mask = expand_mask(mask, x.shape)
+    own = moments(finite_where_masked(x, mask), position_axes(x), mask)
+    mean, var = jnp.broadcast_to(mean, own.mean.shape), jnp.broadcast_to(var, own.var.shape)
+    running = Moments(count=jnp.ones_like(mean), mean=mean, var=var)
+    return blend_moments(running, own, weight * (own.count > 0))
 
 
 def standardize_channels(module: nn.Module, x: Array, *, center: bool) -> Array:

@@ -99,10 +99,14 @@ def _mean(x: Array, axes: Axes, count: Array) -> Array:
     return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
 
 
+def masked_mean(x: Array, axes: Axes, mask: Array | None = None) -> Array:
+    """Returns E[x] over `axes`, which stay as axes of length 1; 0 over no values."""
+    return _mean(_masked(x, mask), axes, _count(x, axes, mask))
+
+
 def mean_square(x: Array, axes: Axes, mask: Array | None = None) -> Array:
     """Returns E[x²] over `axes`, which stay as axes of length 1; 0 over no values."""
-    square = jnp.square(_masked(x.astype(statistics_dtype(x.dtype)), mask))
-    return _mean(square, axes, _count(x, axes, mask))
+    return masked_mean(jnp.square(x.astype(statistics_dtype(x.dtype))), axes, mask)
 
 
 def unbiased(var: Array, count: Array) -> Array:
@@ -126,6 +130,27 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """Returns the moments of the union of two sets (Chan et al. 1983, eq. 2.1)."""
     stacked = jax.tree.map(lambda *parts: jnp.stack(jnp.broadcast_arrays(*parts)), a, b)
     return jax.tree.map(lambda array: array[0], pool_moments(stacked, (0,)))
+
+
+def blend_moments(old: Moments, new: Moments, weight: Array | float) -> Moments:
+    """Returns the moments of a mixture: (1 − weight)·E_old + weight·E_new of both x and x².
+
+    It is the law of total variance, so nothing cancels where the mean is large.
+    """
+    share = jnp.broadcast_to(jnp.asarray(weight, new.mean.dtype), new.mean.shape)
+    return merge_moments(old.replace(count=1 - share), new.replace(count=share))
+
+
+def pool_channels(channels: Moments, num_groups: int) -> Moments:
+    """Returns moments [..., C] pooled over each group of neighbouring channels, for every channel.
+
+    `num_groups` divides C. The mean and variance are repeated over a group's channels.
+    """
+    members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
+    pooled = pool_moments(members, (-1,))
+    return jax.tree.map(
+        lambda part: jnp.broadcast_to(part, members.mean.shape).reshape(channels.mean.shape), pooled
+    )
 
 
 def psum_moments(
@@ -179,6 +204,19 @@ def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
 def ema(old: Array, new: Array, momentum: float | Array) -> Array:
     """Returns momentum·old + (1 − momentum)·new, in old's dtype."""
     return (momentum * old + (1 - momentum) * new).astype(old.dtype)
+
+
+def debiased_momentum(momentum: float, count: Array) -> Array | float:
+    """Returns the momentum of the `count`-th update (from 1) of an average free of its start.
+
+    Dividing the average h of zero-started updates by 1 − momentum^count (Kingma & Ba 2014,
+    arXiv:1412.6980, section 3) is averaging with momentum 1 − (1 − momentum)/(1 − momentum^count):
+    none at first, so that after one update the average is the batch's.
+    """
+    if momentum in (0, 1):
+        return momentum
+    later = 1 - (1 - momentum) / -jnp.expm1(count * math.log(momentum))
+    return jnp.where(count > 1, later, 0)  # exactly: the start may be far from the first value
 
 
 # Masks -------------------------------------------------------------------------------------------

@@ -41,21 +41,28 @@ class GroupNorm(Normalizer):
         return y.astype(output_dtype(self, x))
 
     def groups_of(self, channels: int) -> int:
-        """Returns the number of groups for this many channels.
+        """Returns the number of groups for this many channels (see `divide_channels`)."""
+        return divide_channels(channels, self.num_groups, self.group_size, strict=self.strict)
 
-        Where the wish does not divide them: ValueError if `strict`, else the largest number of
-        groups that divides and does not exceed it.
-        """
-        wish, wished = self.num_groups, f"num_groups {self.num_groups}"
-        if self.group_size is not None:
-            wish, wished = channels // max(self.group_size, 1), f"group_size {self.group_size}"
-            if self.group_size >= 1 and channels % self.group_size == 0:
-                return wish
-        elif wish >= 1 and channels % wish == 0:
+
+def divide_channels(
+    channels: int, num_groups: int, group_size: int | None = None, *, strict: bool = True
+) -> int:
+    """Returns the number of groups of `channels`: num_groups, or as many as group_size makes.
+
+    Where the wish does not divide them: ValueError if `strict`, else the largest number of groups
+    that divides and does not exceed it.
+    """
+    wish, wished = num_groups, f"num_groups {num_groups}"
+    if group_size is not None:
+        wish, wished = channels // max(group_size, 1), f"group_size {group_size}"
+        if group_size >= 1 and channels % group_size == 0:
             return wish
-        if self.strict:
-            raise ValueError(f"{wished} does not divide {channels} channels")
-        return largest_divisor(channels, wish)
+    elif wish >= 1 and channels % wish == 0:
+        return wish
+    if strict:
+        raise ValueError(f"{wished} does not divide {channels} channels")
+    return largest_divisor(channels, wish)
 
 
 def largest_divisor(channels: int, limit: int) -> int:

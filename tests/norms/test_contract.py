@@ -11,7 +11,14 @@ from jax.test_util import check_grads
 
 from normlab.norms import NORMS
 
-SMALL = {"group_norm": {"num_groups": 2}}
+SMALL = {
+    "group_norm": {"num_groups": 2},
+    "batch_group_norm": {"num_groups": 2},
+    "batch_layer_norm": {"running_variance": "biased"},
+    "online_norm": {"control": "none"},  # what holds its output comes after scale and bias
+}
+START_AT_ONE = ("var", "sigma", "feature_var", "second_moment")
+NO_SQUARES = ("l1_batch_norm", "mean_only_batch_norm")  # 1e30 is a value like any other to them
 EVERY = pytest.mark.parametrize("name", list(NORMS))
 STATEFUL = pytest.mark.parametrize("name", [name for name, cls in NORMS.items() if cls.stateful])
 
@@ -52,7 +59,7 @@ def test_init_leaves_the_state_as_it_starts(name):
     evaluated = module.init(jax.random.key(0), values(seed=1), train=False).get("batch_stats", {})
     assert equal(trained, evaluated)
     for key, array in trained.items():
-        start_value = 1 if key in ("var", "sigma") else 0
+        start_value = 1 if key in START_AT_ONE else 0
         np.testing.assert_array_equal(array, np.full(array.shape, start_value))
 
 
@@ -191,6 +198,8 @@ def test_a_group_of_nothing_is_normalized_by_the_running_statistics(name):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_one_bad_value_in_one_channel_leaves_the_whole_state(name, bad):
     """1e30 squared is more than float32 holds: the variance is infinite though the mean is not."""
+    if name in NO_SQUARES and bad == 1e30:
+        pytest.skip("nothing overflows")
     module = make(name)
     x = values()
     _, variables = train(module, start(module, x), x)
@@ -202,23 +211,27 @@ def test_one_bad_value_in_one_channel_leaves_the_whole_state(name, bad):
 
 @STATEFUL
 def test_it_can_be_initialized_on_any_dummy_batch(name):
-    for scope in ({"stats_scope": "ghost", "ghost_size": 4}, {"stats_scope": "device"}):
-        variables = start(make(name, axis_name="batch", **scope), values((3, 5, 5, 4)))
+    scopes = ({"stats_scope": "ghost", "ghost_size": 4}, {"stats_scope": "device"})
+    scoped = hasattr(NORMS[name], "stats_scope")
+    for scope in scopes if scoped else ({},):
+        fields = {**scope, "axis_name": "batch"} if scoped else {}
+        module = make(name, use_scale=True, **fields)
+        variables = start(module, values((3, 5, 5, 4)))
         assert variables["params"]["scale"].shape == (4,)
 
 
 @STATEFUL
 def test_population_moments_have_a_state_that_stands_for_them(name):
     """Applied to the moments of a batch, it gives the state that normalizes this batch exactly."""
-    module = make(name, use_scale=False, use_bias=False)
+    module = make(name)
     x = values()
-    variables = start(module, x)
-    _, sown = module.apply(variables, x, train=True, mutable=["batch_stats", "batch_moments"])
+    _, variables = train(module, start(module, x), x)  # counters are kept
+    trained, sown = module.apply(variables, x, train=True, mutable=["batch_stats", "batch_moments"])
     state = module.state_from_moments(sown["batch_moments"]["moments"])
     assert set(state) <= set(variables["batch_stats"])
-    y = module.apply({"batch_stats": {**variables["batch_stats"], **state}}, x, train=False)
-    np.testing.assert_allclose(y.mean((0, 1, 2)), np.zeros(4), atol=1e-5)
-    np.testing.assert_allclose(y.std((0, 1, 2)), np.ones(4), atol=1e-4)
+    stats = {**variables["batch_stats"], **state}
+    y = module.apply({**variables, "batch_stats": stats}, x, train=False)
+    np.testing.assert_allclose(y, trained, atol=1e-5)
 
 
 @EVERY
@@ -261,6 +274,8 @@ def test_derivatives_agree_with_differences_forward_and_backward(name):
         variables = jax.tree.map(
             lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, start(module, x)
         )
+        if any(key.startswith("backward_") for key in variables.get("batch_stats", {})):
+            pytest.skip("its gradient is defined, by running statistics, and is no derivative")
 
         def f(params, x):
             y, _ = module.apply(
