@@ -7,15 +7,24 @@ arithmetic, and `groups.py` for which examples share a statistic.
 from typing import Any
 
 from normlab.norms.batch import BatchNorm
+from normlab.norms.decorrelated import DecorrelatedBatchNorm
+from normlab.norms.derf import Derf
+from normlab.norms.dyt import DynamicTanh
+from normlab.norms.evonorm_b0 import EvoNormB0
+from normlab.norms.evonorm_s0 import EvoNormS0
 from normlab.norms.factory import FACTORY_FIELDS, NormFactory, make_factory
+from normlab.norms.filter_response import FilterResponseNorm
 from normlab.norms.functional import Moments
 from normlab.norms.group import GroupNorm
 from normlab.norms.identity import Identity
 from normlab.norms.instance import InstanceNorm
+from normlab.norms.iterative import IterativeNorm
 from normlab.norms.layer import LayerNorm
 from normlab.norms.normalizer import Normalizer
+from normlab.norms.proxy import ProxyNorm
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.rms import RMSNorm
+from normlab.norms.switchable import SwitchableNorm
 
 NORMS: dict[str, type[Normalizer]] = {
     "none": Identity,
@@ -25,6 +34,15 @@ NORMS: dict[str, type[Normalizer]] = {
     "rms_norm": RMSNorm,
     "group_norm": GroupNorm,
     "instance_norm": InstanceNorm,
+    "switchable_norm": SwitchableNorm,
+    "filter_response_norm": FilterResponseNorm,
+    "evonorm_b0": EvoNormB0,
+    "evonorm_s0": EvoNormS0,
+    "proxy_norm": ProxyNorm,
+    "decorrelated_batch_norm": DecorrelatedBatchNorm,
+    "iterative_norm": IterativeNorm,
+    "dyt": DynamicTanh,
+    "derf": Derf,
 }
 """Normalizers by config name."""
 
@@ -46,13 +64,22 @@ __all__ = [
     "NORMS",
     "BatchNorm",
     "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "Derf",
+    "DynamicTanh",
+    "EvoNormB0",
+    "EvoNormS0",
+    "FilterResponseNorm",
     "GroupNorm",
     "Identity",
     "InstanceNorm",
+    "IterativeNorm",
     "LayerNorm",
     "Moments",
     "NormFactory",
     "Normalizer",
+    "ProxyNorm",
     "RMSNorm",
+    "SwitchableNorm",
     "make_norm",
 ]

@@ -13,6 +13,7 @@ from jax import Array
 
 from normlab.norms.functional import (
     Axes,
+    Moments,
     expand_mask,
     finite_where_masked,
     moments,
@@ -56,20 +57,31 @@ def normalize_groups(
 ) -> Array:
     """Returns x [N, ..., C] normalized per example over positions and each group of channels.
 
-    The moments of single channels are pooled by the law of total variance, so that the pass over x
-    reduces positions only and channels stay side by side in memory. `mask`: from `prepare`; ε is
-    the module's.
+    `mask`: from `prepare`; ε is the module's.
+    """
+    group, shift = group_moments(module, x, num_groups, mask)
+    inverse_std = jax.lax.rsqrt(group.var + module.epsilon)
+    return normalize(x, group.mean, inverse_std, scale, bias, shift)
+
+
+def group_moments(
+    module: nn.Module, x: Array, num_groups: int, mask: Array | None
+) -> tuple[Moments, Array]:
+    """Returns each example's moments over positions and groups of channels, and their shift.
+
+    Both [N, 1, ..., 1, C], a group's moments repeated for each of its channels. The moments of
+    single channels are pooled by the law of total variance, so that the pass over x reduces
+    positions only and channels stay side by side in memory.
     """
     shift = rough_mean(x, position_axes(x), mask)
     channels = moments(x, position_axes(x), mask, shift)
     members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
     pooled = pool_moments(members, (-1,))
     note_nonfinite(module, jnp.isfinite(pooled.var).all())
-    mean, var = (
-        jnp.broadcast_to(part, members.mean.shape).reshape(shift.shape)
-        for part in (pooled.mean, pooled.var)
+    group = jax.tree.map(
+        lambda part: jnp.broadcast_to(part, members.mean.shape).reshape(shift.shape), pooled
     )
-    return normalize(x, mean, jax.lax.rsqrt(var + module.epsilon), scale, bias, shift)
+    return group, shift
 
 
 def standardize_channels(module: nn.Module, x: Array, *, center: bool) -> Array:

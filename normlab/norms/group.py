@@ -57,6 +57,32 @@ class GroupNorm(Normalizer):
             raise ValueError(f"{wished} does not divide {channels} channels")
         return largest_divisor(channels, wish)
 
+    def note(self, channels: int) -> str:
+        """Returns that the groups are settled otherwise than wished; "" if they are not."""
+        groups = self.groups_of(channels)
+        if self.group_size is None:
+            return settled("num_groups", self.num_groups, groups, channels, f"{groups} groups")
+        size = channels // groups
+        return settled("group_size", self.group_size, size, channels, f"{groups} groups")
+
+
+def settled(field: str, wish: int, found: int, channels: int, result: str) -> str:
+    """Returns the line that says how a grouping was settled; "" where it is as wished."""
+    if found == wish:
+        return ""
+    return f"{field} {wish} does not divide {channels} channels: {result}"
+
+
+def divisor(channels: int, wish: int, field: str, *, strict: bool) -> int:
+    """Returns `wish` where it divides the channels, else ValueError if `strict`, else the largest
+    divisor that does not exceed it.
+    """
+    if wish >= 1 and channels % wish == 0:
+        return wish
+    if strict:
+        raise ValueError(f"{field} {wish} does not divide {channels} channels")
+    return largest_divisor(channels, wish)
+
 
 def largest_divisor(channels: int, limit: int) -> int:
     """Returns the largest divisor of `channels` that is at most `limit`, and at least 1."""

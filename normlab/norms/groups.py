@@ -14,6 +14,7 @@ from jax import Array
 
 from normlab.norms.functional import (
     Moments,
+    covariance,
     ema,
     expand_mask,
     finite_where_masked,
@@ -120,12 +121,23 @@ class GroupedBatch:
     masked: bool  # values may be masked, so groups may be empty
 
     def unless_empty(self, statistic: Array, running: Array) -> Array:
-        """Returns a group's own statistic, or the running one [C] for a group of nothing."""
-        return jnp.where(self.moments.count > 0, statistic, running) if self.masked else statistic
+        """Returns a group's own statistic, or the running one for a group of nothing.
+
+        statistic: [G, 1, ..., 1, C], running: [C], or both of any other last length.
+        """
+        if not self.masked:
+            return statistic
+        # A mask has no channels, so one channel's count is every channel's.
+        return jnp.where(self.moments.count[..., :1] > 0, statistic, running)
 
 
-def group_batch(module: nn.Module, x: Array, mask: Array | None) -> GroupedBatch:
-    """Returns x [N, ..., C] in the groups that a module's scope fields ask for."""
+def group_batch(
+    module: nn.Module, x: Array, mask: Array | None, covariance_of: int | None = None
+) -> GroupedBatch:
+    """Returns x [N, ..., C] in the groups that a module's scope fields ask for.
+
+    The moments have the covariance of groups of `covariance_of` channels, if that is given.
+    """
     mask = expand_mask(mask, x.shape)
     grouping = grouping_of(module, x.shape[0])
     values = split(finite_where_masked(x, mask), grouping.num_groups)
@@ -133,7 +145,10 @@ def group_batch(module: nn.Module, x: Array, mask: Array | None) -> GroupedBatch
     if mask is not None:
         mask = split(mask, grouping.num_groups)
     shift = rough_mean(values, axes, mask)
-    local = together = moments(values, axes, mask, shift)
+    local = moments(values, axes, mask, shift)
+    if covariance_of is not None:
+        local = local.replace(covariance=covariance(values, local.mean, mask, covariance_of))
+    together = local
     if grouping.pooled:
         assert grouping.axis_name is not None
         together = psum_moments(local, grouping.axis_name, grouping.index_groups)
@@ -149,10 +164,11 @@ def sow_moments(module: nn.Module, batch: GroupedBatch) -> None:
     """Leaves the moments [C] of the whole batch in the collection `batch_moments`, if asked for."""
     if not gathers_moments(module):
         return
-    total = pool_moments(batch.local, tuple(range(batch.local.mean.ndim - 1)))
+    axes = tuple(range(batch.local.mean.ndim - 1))
+    total = pool_moments(batch.local, axes)
     if batch.grouping.axis_name is not None:
         total = psum_moments(total, batch.grouping.axis_name)
-    total = jax.tree.map(lambda part: part.reshape(-1), total)
+    total = jax.tree.map(lambda part: part.squeeze(axes), total)
     module.sow("batch_moments", "moments", total, reduce_fn=lambda _, new: new)
 
 
@@ -165,11 +181,11 @@ def moving_averages(
 ) -> tuple[dict[str, Array], Array]:
     """Returns the running statistics after a batch, and whether they moved (boolean []).
 
-    `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C]. The groups that have values enter
-    with equal weight. Nothing moves if there is none, or if any of their statistics is not finite:
-    one overflow in one batch would otherwise poison an average for good.
+    `old`: [C] or of any other length; `new`, of the batch's groups: [G, 1, ..., 1, C]. The groups
+    that have values enter with equal weight. Nothing moves if there is none, or if any of their
+    statistics is not finite: one overflow in one batch would otherwise poison an average for good.
     """
-    count, grouping = batch.moments.count, batch.grouping
+    count, grouping = batch.moments.count[..., :1], batch.grouping
     axes = tuple(range(count.ndim - 1))
 
     def total(per_group: Array) -> Array:

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 Initializer = Callable[..., Array]
+Activation = Callable[[Array], Array]
 
 
 class Normalizer(nn.Module):
@@ -19,6 +20,13 @@ class Normalizer(nn.Module):
     """
 
     stateful: ClassVar[bool] = False
+    replaces_activation: ClassVar[bool] = False
+    """True if the class has a field `activation`: that of the model, which it takes over, or None
+    where the model has none. Only `NormFactory` sets it."""
+
+    def note(self, channels: int) -> str:
+        """Returns where it departs from its fields for this many channels; "" if nowhere."""
+        return ""
 
 
 def scale_and_bias(module: nn.Module, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:
