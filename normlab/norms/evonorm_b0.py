@@ -67,17 +67,16 @@ class EvoNormB0(Normalizer):
         """
         channels = x.shape[-1]
         scale, bias = scale_and_bias(self, (channels,))
-        values = x.astype(statistics_dtype(x.dtype))
+        cleaned, example_mask = prepare(x, mask)
+        values = cleaned.astype(statistics_dtype(x.dtype))
         if self.activation is None:
             return affine(values, scale, bias).astype(output_dtype(self, x))
         v = self.param("v", nn.initializers.ones, (channels,), self.param_dtype)
         state_dtype = statistics_dtype(self.param_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), state_dtype)
 
-        cleaned, example_mask = prepare(x, mask)
         instance = moments(cleaned, position_axes(x), example_mask).var
         note_nonfinite(self, jnp.isfinite(instance).all())
-        values = cleaned.astype(values.dtype)
         batch_var = var.value
         if train:
             batch = group_batch(self, x, mask)
