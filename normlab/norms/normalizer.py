@@ -1,8 +1,10 @@
 """What all normalizers share: the contract, and how `scale`, `bias` and dtypes are declared."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
@@ -48,7 +50,9 @@ def note_nonfinite(module: nn.Module, finite: Array) -> None:
     The output may well be finite where a statistic is not, as x/∞ is. `finite`: boolean [].
     """
     if module.is_mutable_collection("nonfinite") and not module.is_initializing():
-        module.sow("nonfinite", "statistics", ~finite, reduce_fn=lambda _, new: new)
+        # One bad statistic of several is enough.
+        start = partial(jnp.zeros, (), bool)
+        module.sow("nonfinite", "statistics", ~finite, init_fn=start, reduce_fn=jnp.logical_or)
 
 
 def output_dtype(module: nn.Module, x: Array) -> DTypeLike:
