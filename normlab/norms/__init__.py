@@ -10,12 +10,19 @@ from normlab.norms.backward import join_state, split_state
 from normlab.norms.batch import BatchNorm
 from normlab.norms.batch_group import BatchGroupNorm
 from normlab.norms.batch_layer import BatchLayerNorm
+from normlab.norms.decorrelated import DecorrelatedBatchNorm
+from normlab.norms.derf import Derf
+from normlab.norms.dyt import DynamicTanh
+from normlab.norms.evonorm_b0 import EvoNormB0
+from normlab.norms.evonorm_s0 import EvoNormS0
 from normlab.norms.factory import FACTORY_FIELDS, NormFactory, make_factory
+from normlab.norms.filter_response import FilterResponseNorm
 from normlab.norms.full import FullNorm
 from normlab.norms.functional import Moments
 from normlab.norms.group import GroupNorm
 from normlab.norms.identity import Identity
 from normlab.norms.instance import InstanceNorm
+from normlab.norms.iterative import IterativeNorm
 from normlab.norms.l1_batch import L1BatchNorm
 from normlab.norms.layer import LayerNorm
 from normlab.norms.mean_only import MeanOnlyBatchNorm
@@ -23,8 +30,10 @@ from normlab.norms.moving_average_batch import MovingAverageBatchNorm
 from normlab.norms.normalizer import Normalizer
 from normlab.norms.online import OnlineNorm
 from normlab.norms.power import PowerNorm
+from normlab.norms.proxy import ProxyNorm
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.rms import RMSNorm
+from normlab.norms.switchable import SwitchableNorm
 
 NORMS: dict[str, type[Normalizer]] = {
     "none": Identity,
@@ -42,6 +51,15 @@ NORMS: dict[str, type[Normalizer]] = {
     "rms_norm": RMSNorm,
     "group_norm": GroupNorm,
     "instance_norm": InstanceNorm,
+    "switchable_norm": SwitchableNorm,
+    "filter_response_norm": FilterResponseNorm,
+    "evonorm_b0": EvoNormB0,
+    "evonorm_s0": EvoNormS0,
+    "proxy_norm": ProxyNorm,
+    "decorrelated_batch_norm": DecorrelatedBatchNorm,
+    "iterative_norm": IterativeNorm,
+    "dyt": DynamicTanh,
+    "derf": Derf,
 }
 """Normalizers by config name."""
 
@@ -65,10 +83,17 @@ __all__ = [
     "BatchLayerNorm",
     "BatchNorm",
     "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "Derf",
+    "DynamicTanh",
+    "EvoNormB0",
+    "EvoNormS0",
+    "FilterResponseNorm",
     "FullNorm",
     "GroupNorm",
     "Identity",
     "InstanceNorm",
+    "IterativeNorm",
     "L1BatchNorm",
     "LayerNorm",
     "MeanOnlyBatchNorm",
@@ -78,7 +103,9 @@ __all__ = [
     "Normalizer",
     "OnlineNorm",
     "PowerNorm",
+    "ProxyNorm",
     "RMSNorm",
+    "SwitchableNorm",
     "join_state",
     "make_norm",
     "split_state",

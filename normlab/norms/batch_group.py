@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from normlab.norms.examples import weigh_example
 from normlab.norms.functional import Moments, normalize, pool_channels, statistics_dtype
-from normlab.norms.group import divide_channels
+from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.groups import group_batch, moving_moments, sow_moments
 from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
@@ -91,6 +91,10 @@ class BatchGroupNorm(Normalizer):
     def groups_of(self, channels: int) -> int:
         """Returns the number of groups for this many channels (see `divide_channels`)."""
         return divide_channels(channels, self.num_groups, self.group_size, strict=self.strict)
+
+    def note(self, channels: int) -> str:
+        """Returns that the groups are settled otherwise than wished; "" if they are not."""
+        return settled_groups(channels, self.num_groups, self.group_size)
 
     def state_from_moments(self, moments: Moments) -> dict[str, Array]:
         """Returns the `batch_stats` entries that stand for population moments [C]."""

@@ -58,15 +58,26 @@ def normalize_groups(
 ) -> Array:
     """Returns x [N, ..., C] normalized per example over positions and each group of channels.
 
-    The moments of single channels are pooled by the law of total variance, so that the pass over x
-    reduces positions only and channels stay side by side in memory. `mask`: from `prepare`; ε is
-    the module's.
+    `mask`: from `prepare`; ε is the module's.
+    """
+    group, shift = group_moments(module, x, num_groups, mask)
+    inverse_std = jax.lax.rsqrt(group.var + module.epsilon)
+    return normalize(x, group.mean, inverse_std, scale, bias, shift)
+
+
+def group_moments(
+    module: nn.Module, x: Array, num_groups: int, mask: Array | None
+) -> tuple[Moments, Array]:
+    """Returns each example's moments over positions and groups of channels, and their shift.
+
+    Both [N, 1, ..., 1, C], a group's moments repeated for each of its channels. The moments of
+    single channels are pooled, so that the pass over x reduces positions only and channels stay
+    side by side in memory.
     """
     shift = rough_mean(x, position_axes(x), mask)
     pooled = pool_channels(moments(x, position_axes(x), mask, shift), num_groups)
     note_nonfinite(module, jnp.isfinite(pooled.var).all())
-    inverse_std = jax.lax.rsqrt(pooled.var + module.epsilon)
-    return normalize(x, pooled.mean, inverse_std, scale, bias, shift)
+    return pooled, shift
 
 
 def weigh_example(x: Array, mask: Array | None, mean: Array, var: Array, weight: float) -> Moments:

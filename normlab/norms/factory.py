@@ -8,9 +8,16 @@ from flax.core import FrozenDict
 from jax import Array
 
 from normlab.norms.groups import SCOPES
-from normlab.norms.normalizer import Initializer, Normalizer
+from normlab.norms.normalizer import Activation, Initializer, Normalizer
 
-FACTORY_FIELDS = ("stats_scope", "ghost_size", "axis_name", "device_groups", "strict")
+FACTORY_FIELDS = (
+    "stats_scope",
+    "ghost_size",
+    "axis_name",
+    "device_groups",
+    "strict",
+    "activation",
+)
 """Fields of normalizers that the factory sets; they are never part of `config.norm`."""
 
 UNITS = ("steps", "epochs", "examples", "fraction")
@@ -28,7 +35,14 @@ class NormFactory:
 
         `scale_init`, for the last one of a residual branch, is dropped where there is no scale.
         """
+        return self._make(name, scale_init, activation=None)
+
+    def _make(
+        self, name: str, scale_init: Initializer | None, activation: Activation | None
+    ) -> Normalizer:
         fields = dict(self.fields)
+        if self.cls.replaces_activation:
+            fields["activation"] = activation
         if scale_init is not None and hasattr(self.cls, "scale_init"):
             fields["scale_init"] = scale_init
         return self.cls(**fields, name=name)
@@ -37,11 +51,16 @@ class NormFactory:
         self,
         *,
         name: str,
-        activation: Callable[[Array], Array],
+        activation: Activation,
         scale_init: Initializer | None = None,
     ) -> Callable[..., Array]:
-        """Returns a normalizer with its activation, called as `(x, train=..., mask=...)`."""
-        norm = self(name=name, scale_init=scale_init)
+        """Returns a normalizer with its activation, called as `(x, train=..., mask=...)`.
+
+        One that replaces the activation is handed it and does both.
+        """
+        norm = self._make(name, scale_init, activation)
+        if self.cls.replaces_activation:
+            return norm
 
         def normalize_and_activate(x: Array, *, train: bool, mask: Array | None = None) -> Array:
             return activation(norm(x, train=train, mask=mask))

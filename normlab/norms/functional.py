@@ -31,11 +31,15 @@ _PILOT = 64  # a rough mean without a mask is over at least 1/64 of the values
 
 
 class Moments(struct.PyTreeNode):
-    """Count, mean and biased variance of sets of values: three arrays of one shape."""
+    """Count, mean and biased variance of sets of values: three arrays of one shape.
+
+    A normalizer that decorrelates channels has their covariance, too.
+    """
 
     count: Array  # values in each set, float
     mean: Array  # 0 where the count is 0
     var: Array  # biased (1/m); 0 where the count is 0
+    covariance: Array | None = None  # biased, of groups of D channels: [..., C/D, D, D]
 
 
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -123,7 +127,11 @@ def pool_moments(parts: Moments, axes: Axes) -> Moments:
     weight = parts.count / jnp.maximum(count, 1)
     mean = jnp.sum(weight * parts.mean, axes, keepdims=True)
     spread = parts.var + jnp.square(parts.mean - mean)
-    return Moments(count=count, mean=mean, var=jnp.sum(weight * spread, axes, keepdims=True))
+    pooled = Moments(count=count, mean=mean, var=jnp.sum(weight * spread, axes, keepdims=True))
+    if parts.covariance is None:
+        return pooled
+    spread = _weighted_spread(parts.covariance, parts.mean - mean, weight)
+    return pooled.replace(covariance=jnp.sum(spread, axes, keepdims=True))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -165,7 +173,33 @@ def psum_moments(
     weight = local.count / jnp.maximum(count, 1)
     mean = psum(weight * local.mean)
     var = psum(weight * (local.var + jnp.square(local.mean - mean)))
-    return Moments(count=count, mean=mean, var=var)
+    union = Moments(count=count, mean=mean, var=var)
+    if local.covariance is None:
+        return union
+    spread = _weighted_spread(local.covariance, local.mean - mean, weight)
+    return union.replace(covariance=psum(spread))
+
+
+def covariance(x: Array, mean: Array, mask: Array | None, group_size: int) -> Array:
+    """Returns the biased covariance of each group of channels: [G, 1, ..., 1, C/D, D, D].
+
+    x: [G, N, ..., C], with a mask of its rank; mean: [G, 1, ..., 1, C]; D = `group_size`.
+    """
+    count = _count(x, tuple(range(1, x.ndim - 1)), mask)
+    centered = _masked(x.astype(statistics_dtype(x.dtype)) - mean, mask)
+    centered = centered.reshape(x.shape[0], -1, x.shape[-1] // group_size, group_size)
+    products = jnp.einsum(
+        "gnci,gncj->gcij", centered, centered, precision=jax.lax.Precision.HIGHEST
+    )
+    lead = mean.shape[:-1]
+    return products.reshape(*lead, *products.shape[1:]) / jnp.maximum(count, 1)[..., None, None]
+
+
+def _weighted_spread(covariance: Array, deviation: Array, weight: Array) -> Array:
+    """Returns weight · (covariance + deviation deviationᵀ) in the groups of `covariance`."""
+    grouped = deviation.reshape(covariance.shape[:-1])
+    weight = weight.reshape(grouped.shape)[..., :1, None]
+    return weight * (covariance + grouped[..., :, None] * grouped[..., None, :])
 
 
 # Normalization -----------------------------------------------------------------------------------

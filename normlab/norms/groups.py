@@ -16,6 +16,7 @@ from normlab.norms.functional import (
     Axes,
     Moments,
     blend_moments,
+    covariance,
     ema,
     expand_mask,
     finite_where_masked,
@@ -124,10 +125,16 @@ class GroupedBatch:
     mask: Array | None  # [G, N/G, ..., 1] true where a value counts; so groups may be empty
 
     def unless_empty(self, statistic: Array, running: Array) -> Array:
-        """Returns a group's own statistic, or the running one [C] for a group of nothing."""
-        if self.mask is None:
-            return statistic
-        return jnp.where(self.moments.count > 0, statistic, running)
+        """Returns a group's own statistic, or the running one for a group of nothing.
+
+        statistic: [G, 1, ..., 1, C], running: [C], or both of any other last length.
+        """
+        return statistic if self.mask is None else jnp.where(self.present, statistic, running)
+
+    @property
+    def present(self) -> Array:
+        """[G, 1, ..., 1, 1], true where a group has values: no mask has channels, so in all."""
+        return self.moments.count[..., :1] > 0
 
     def mean_of(self, values: Array) -> Array:
         """Returns each group's mean of `values` [G, N/G, ...], unmasked and over its devices."""
@@ -137,7 +144,7 @@ class GroupedBatch:
         assert self.grouping.axis_name is not None
         weight = self.local.count / jnp.maximum(self.moments.count, 1)
         return jax.lax.psum(
-            weight[..., : mean.shape[-1]] * mean,
+            weight[..., :1] * mean,
             self.grouping.axis_name,
             axis_index_groups=self.grouping.index_groups,
         )
@@ -157,10 +164,12 @@ def group_batch(
     *,
     positions_apart: bool = False,
     grouping: Grouping | None = None,
+    covariance_of: int | None = None,
 ) -> GroupedBatch:
     """Returns x [N, ..., C] in the groups that a module's scope fields ask for, or in `grouping`.
 
-    `positions_apart`: a statistic is over examples only, one for each position and channel.
+    `positions_apart`: a statistic is over examples only, one for each position and channel. The
+    moments have the covariance of groups of `covariance_of` channels, if that is given.
     """
     mask = expand_mask(mask, x.shape)
     grouping = grouping or grouping_of(module, x.shape[0])
@@ -169,7 +178,10 @@ def group_batch(
     if mask is not None:
         mask = split(mask, grouping.num_groups)
     shift = rough_mean(values, axes, mask)
-    local = together = moments(values, axes, mask, shift)
+    local = moments(values, axes, mask, shift)
+    if covariance_of is not None:
+        local = local.replace(covariance=covariance(values, local.mean, mask, covariance_of))
+    together = local
     if grouping.pooled:
         assert grouping.axis_name is not None
         together = psum_moments(local, grouping.axis_name, grouping.index_groups)
@@ -196,10 +208,10 @@ def moving_averages(
 ) -> tuple[dict[str, Array], Array]:
     """Returns the running statistics after a batch, and whether they moved (boolean []).
 
-    `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C], or both with positions, or a last
-    axis of 1. The groups that have values enter with equal weight. Nothing moves where there is
-    none, and nothing at all if any of their statistics is not finite: one overflow in one batch
-    would otherwise poison an average for good.
+    `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C], or both with positions, or of any
+    other last length. The groups that have values enter with equal weight. Nothing moves where
+    there is none, and nothing at all if any of their statistics is not finite: one overflow in one
+    batch would otherwise poison an average for good.
     """
     grouping, axes = batch.grouping, (0, *batch.axes)
 
@@ -211,22 +223,17 @@ def moving_averages(
         # A group that spans devices stands on each of them: all weights grow alike.
         return jax.lax.psum(summed, grouping.axis_name)
 
-    def present(value: Array) -> Array:
-        return batch.moments.count[..., : value.shape[-1]] > 0  # the same for all channels
-
-    def groups(value: Array) -> Array:
-        return total(present(value).astype(batch.moments.count.dtype))
-
+    groups = total(batch.present.astype(batch.moments.count.dtype))
     means = {
-        name: total(jnp.where(present(value), value, 0)) / jnp.maximum(groups(value), 1)
+        name: total(jnp.where(batch.present, value, 0)) / jnp.maximum(groups, 1)
         for name, value in new.items()
     }
     finite = all_finite(module, means)
     averages = {
-        name: jnp.where((groups(new[name]) > 0) & finite, ema(old[name], mean, momentum), old[name])
+        name: jnp.where((groups > 0) & finite, ema(old[name], mean, momentum), old[name])
         for name, mean in means.items()
     }
-    return averages, (groups(batch.moments.mean) > 0).any() & finite
+    return averages, (groups > 0).any() & finite
 
 
 def moving_moments(

@@ -32,7 +32,7 @@ from normlab.norms.functional import (
     finite_where_masked,
     statistics_dtype,
 )
-from normlab.norms.group import divide_channels
+from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
 from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
@@ -116,6 +116,10 @@ class PowerNorm(Normalizer):
         grouped = x.reshape(*x.shape[:-1], groups, -1)
         square = jnp.square(grouped).mean(-1, keepdims=True)
         return (grouped * jax.lax.rsqrt(square + self.epsilon)).reshape(x.shape), square[..., 0]
+
+    def note(self, channels: int) -> str:
+        """Returns that the groups are settled otherwise than wished; "" if they are not."""
+        return settled_groups(channels, self.num_groups) if self.group_scaling else ""
 
     def state_from_moments(self, moments: Moments) -> dict[str, Array]:
         """Returns the `batch_stats` entries that stand for population moments [C]."""
