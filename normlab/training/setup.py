@@ -115,6 +115,7 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("model.widths", 1, 2**31 - 1),
     ("model.strides", 1, 2**31 - 1),
     ("model.stage_sizes", 1, 2**31 - 1),
+    ("conv.epsilon", 0.0, math.inf),
     ("norm.momentum", 0.0, 1.0),
     ("norm.epsilon", 0.0, math.inf),
     ("norm.num_groups", 1, 2**31 - 1),
