@@ -19,6 +19,7 @@ from normlab.models.cnn import CNN
 from normlab.models.conv import StandardConv
 from normlab.models.lenet import LeNet5
 from normlab.models.mlp import MLP
+from normlab.models.placement import parse_overrides
 from normlab.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from normlab.models.resnet_cifar import (
     ResNet18Cifar,
@@ -86,10 +87,13 @@ def build(
         raise unknown("'model.activation'", fields["activation"], ACTIVATIONS)
     fields["activation"] = ACTIVATIONS[fields["activation"]]
     length = run_length or RunLength.of(config)
+    overrides = parse_overrides(config.norm_overrides)
     conv = dict(config.conv)
     return MODELS[kind](
         num_classes=describe(config.data).num_classes,
-        norm=make_norm(config, length, num_devices=num_devices, axis_name=axis_name),
+        norm=make_norm(
+            config, length, overrides=overrides, num_devices=num_devices, axis_name=axis_name
+        ),
         conv=CONVS[conv.pop("kind")](**conv),
         **fields,
     )
