@@ -6,6 +6,7 @@ config alone, and a resumed run finds the same one.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
@@ -38,7 +39,10 @@ def start_from_data(
     examples, rows = next(iter(data.train.steps(config.seed, 0, indices, 1)))
     arguments = (variables, examples, parallel.seed_array(config.seed), jnp.asarray(rows[0]))
     params = compiler("start", started, *arguments)(*arguments)
-    ema = None if state.ema is None else {**state.ema, "params": params}
+    if state.ema is None:
+        return state.replace(params=params)
+    # Arrays of their own: the state is donated, and a donated one must not be two.
+    ema = {**state.ema, "params": jax.tree.map(jnp.copy, params)}
     return state.replace(params=params, ema=ema)
 
 
