@@ -95,7 +95,7 @@ class Evaluator:
             _, sown = self.model.apply(
                 variables, images, train=True, mask=mask, mutable=collections
             )
-            return sown["batch_moments"]
+            return sown.get("batch_moments", {})  # none where overrides left no such layer
 
         def add(total: Any, moments: Any) -> Any:
             return jax.tree.map(merge_moments, total, moments, is_leaf=_is_moments)

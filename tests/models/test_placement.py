@@ -123,6 +123,16 @@ def test_recomputed_statistics_are_each_normalizers_own():
     assert not np.allclose(found["norm2"]["sigma"], 1.0)
 
 
+def test_overrides_may_leave_no_normalizer_with_state():
+    config = config_of("*=layer_norm", "mlp", data="digits")
+    config.model.widths = (4,)
+    parts = build_parts(config)
+    compiler, mesh = Compiler(), make_mesh()
+    variables = create_state(parts, compiler).variables()
+    made = Evaluator(parts.model, parts.info, mesh, compiler)
+    assert made.recompute(variables, load_data(config, mesh).train, 1437) == variables
+
+
 def test_the_name_that_asks_for_a_place_leaves_no_variable():
     net = build(config_of("norm2=layer_norm", "cnn", data="digits"))
     variables = jax.eval_shape(
