@@ -4,6 +4,7 @@ Imports nothing else of normlab. Start with `batch.py` for the science, `functio
 arithmetic, and `groups.py` for which examples share a statistic.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from normlab.norms.backward import join_state, split_state
@@ -65,14 +66,28 @@ NORMS: dict[str, type[Normalizer]] = {
 
 
 def make_norm(
-    config: Any, run_length: Any, *, num_devices: int = 1, axis_name: str | None = None
+    config: Any,
+    run_length: Any,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    num_devices: int = 1,
+    axis_name: str | None = None,
 ) -> NormFactory:
-    """Returns the factory of the normalizer that `config.norm.kind` names (see `make_factory`)."""
+    """Returns the factory of the normalizer that `config.norm.kind` names (see `make_factory`).
+
+    `overrides`: (pattern of paths, kind) of the normalizers that differ.
+    """
     kind = config.norm.kind
-    if kind not in NORMS:
-        raise ValueError(f"unknown norm {kind!r}; one of {', '.join(NORMS)}")
+    for name in (kind, *(other for _, other in overrides)):
+        if name not in NORMS:
+            raise ValueError(f"unknown norm {name!r}; one of {', '.join(NORMS)}")
     return make_factory(
-        NORMS[kind], config, run_length, num_devices=num_devices, axis_name=axis_name
+        NORMS[kind],
+        config,
+        run_length,
+        overrides=[(pattern, NORMS[other]) for pattern, other in overrides],
+        num_devices=num_devices,
+        axis_name=axis_name,
     )
 
 

@@ -226,6 +226,12 @@ def normalize(
     return (x.astype(statistics_dtype(x.dtype)) - shift) * slope + offset
 
 
+def rsqrt_or_zero(x: Array) -> Array:
+    """Returns 1/√x, and 0 with a derivative of 0 where x is not above 0."""
+    positive = x > 0
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, x, 1)), 0)
+
+
 def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
     """Returns y · scale + bias, either of which may be absent."""
     if scale is not None:

@@ -18,6 +18,7 @@ from normlab.data import load
 from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator
+from normlab.training.examples import Resident
 from normlab.training.loop import train
 from normlab.training.restore import evaluate_run, restore
 from normlab.training.setup import build_parts, run_identity
@@ -232,7 +233,7 @@ def evaluator(finished):
 
 def test_the_accuracy_is_the_same_for_any_batch_size(evaluator, finished):
     made, _, variables, _, examples = evaluator
-    found = [made.running(variables, examples, size) for size in (1, 7, 128, 10_000)]
+    found = [made.running(variables, Resident(examples), size) for size in (1, 7, 128, 10_000)]
     assert {metrics["accuracy"] for metrics in found} == {finished[1]["test_accuracy"]}
     np.testing.assert_allclose([m["loss"] for m in found], found[0]["loss"], rtol=1e-5)
 
@@ -243,14 +244,14 @@ def test_the_accuracy_is_the_count_of_right_answers(evaluator):
     inputs = (np.asarray(images, np.float32) / 255 - mean) / std
     logits = parts.model.apply(variables, inputs, train=False)
     expected = np.mean(np.argmax(np.asarray(logits), -1) == np.asarray(labels))
-    got = made.running(variables, (images, labels), 100)["accuracy"]
+    got = made.running(variables, Resident((images, labels)), 100)["accuracy"]
     assert got == pytest.approx(expected, abs=1e-12)
 
 
 def test_recomputed_statistics_are_the_training_sets_own(evaluator):
     """The first normalizer sees the convolution of the data alone: its exact moments are known."""
     made, parts, variables, (images, labels), _ = evaluator
-    new = made.recompute(variables, (images, labels), 64, parts.norm.module)
+    new = made.recompute(variables, Resident((images, labels)), 64)
     mean, std = parts.info.mean[0], parts.info.std[0]
     inputs = (np.asarray(images, np.float32) / 255 - mean) / std
     conv = parts.model.apply(
@@ -275,7 +276,7 @@ def test_recomputed_statistics_do_not_depend_on_the_running_ones(norm):
     examples = jax.numpy.asarray(data.train.images), jax.numpy.asarray(data.train.labels)
     made = Evaluator(parts.model, parts.info, parallel.make_mesh(), compiler)
     other = variables | {"batch_stats": jax.tree.map(lambda x: 2 * x + 1, variables["batch_stats"])}
-    found = [made.recompute(start, examples, 64, parts.norm.module) for start in (variables, other)]
+    found = [made.recompute(start, Resident(examples), 64) for start in (variables, other)]
     for layer in ("norm1", "norm2"):
         for name in ("mean", "var" if norm == "batch_norm" else "sigma"):
             a, b = (new["batch_stats"][layer][name] for new in found)
