@@ -39,6 +39,16 @@ Place = tuple[str, ...]
 
 _PASSES = 5
 _LINEAR = (nn.Conv, nn.Dense, WeightSpaceLayer)
+_MAGNITUDES = (1e-2, 1.0, 1e2, 1e4, 1e6)  # what is clamped or squashed shows where values are large
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A normalizer of a model, unbound, and where it stands."""
+
+    norm: Normalizer
+    path: Place
+    shape: tuple[int, ...]  # of its input, for a batch of two
 
 
 def without_norm(model: Any) -> Any:
@@ -63,8 +73,7 @@ def fold(model: Any, variables: Variables, image_shape: tuple[int, ...] | None =
         params = _at(variables["params"], path)
         kernel, bias = weights_of(layer, params), params.get("bias", 0.0)
         if path in followed:
-            norm, norm_path = followed[path]
-            slope, offset = _affine(norm, variables, norm_path, kernel.shape[-1])
+            slope, offset = _affine(followed[path], variables)
             kernel, bias = kernel * slope, bias * slope + offset
         folded[(*path, "kernel")] = kernel
         folded[(*path, "bias")] = jnp.broadcast_to(jnp.asarray(bias), kernel.shape[-1:])
@@ -115,10 +124,10 @@ def evaluate_folded(folder: Path, **settings: Any) -> dict[str, Any]:
 
 def _layers(
     model: Any, variables: Variables, images: Any
-) -> tuple[dict[Place, nn.Module], dict[Place, tuple[Normalizer, Place]]]:
-    """Returns the linear layers, and for those before a normalizer (the normalizer, its path)."""
+) -> tuple[dict[Place, nn.Module], dict[Place, _Placed]]:
+    """Returns the linear layers, and the normalizers by the path of the layer that they follow."""
     linear: dict[Place, nn.Module] = {}
-    norms: dict[str, tuple[Normalizer, Place]] = {}
+    norms: dict[str, _Placed] = {}
 
     def mark(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -131,7 +140,8 @@ def _layers(
             return checkpoint_name(call(*args, **kwargs), f"linear:{'/'.join(module.path)}")
         if isinstance(module, Normalizer) and not isinstance(module, Identity):
             name = f"norm:{'/'.join(module.path)}"
-            norms[name] = (module.clone(parent=None, name=None), module.path)
+            alone = module.clone(parent=None, name=None)
+            norms[name] = _Placed(alone, module.path, args[0].shape)
             return call(checkpoint_name(args[0], name), *args[1:], **kwargs)
         return call(*args, **kwargs)
 
@@ -139,7 +149,7 @@ def _layers(
         traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     uses = Counter(id(v) for equation in traced.jaxpr.eqns for v in equation.invars)
     source: dict[int, str] = {}
-    followed: dict[Place, tuple[Normalizer, Place]] = {}
+    followed: dict[Place, _Placed] = {}
     for equation in traced.jaxpr.eqns:
         if equation.primitive.name != "name":
             continue
@@ -157,30 +167,30 @@ def _layers(
     return linear, followed
 
 
-def _affine(
-    norm: Normalizer, variables: Variables, path: Place, channels: int
-) -> tuple[Array, Array]:
+def _affine(placed: _Placed, variables: Variables) -> tuple[Array, Array]:
     """Returns (slope, offset) [C] of a normalizer at inference: y = slope·x + offset.
 
     Raises UserError if it is no such function. Both are what the module itself computes: the slope
     is its derivative, not a difference, and keeps its digits.
     """
+    norm, path, shape = placed.norm, placed.path, placed.shape
     own = {name: _at(tree, path) for name, tree in variables.items() if _has(tree, path)}
+    refused = f"cannot fold the normalizer {'/'.join(path)!r}: {type(norm).__name__} is"
+    if norm.replaces_activation and norm.activation is not None:
+        raise UserError(f"{refused} the activation, too")
 
     def apply(x: Array) -> Any:
         # In float32, whatever the network computes in.
         return norm.clone(dtype=None).apply(own, x, train=False)
 
-    zero = jnp.zeros((2, 3, channels))
-    offset, slope = (value[0, 0] for value in jax.jvp(apply, (zero,), (jnp.ones_like(zero),)))
-    probe = jax.random.normal(jax.random.key(0), zero.shape)
-    found, expected = apply(probe), probe * slope + offset
-    scale = 1e-4 * (jnp.abs(probe * slope) + jnp.abs(offset))
-    if not bool(jnp.all(jnp.abs(found - expected) <= scale + 1e-6)):
-        raise UserError(
-            f"cannot fold the normalizer {'/'.join(path)!r}: {type(norm).__name__} is not a fixed "
-            "scale and shift of each channel at inference"
-        )
+    zero = jnp.zeros(shape)
+    values = jax.jvp(apply, (zero,), (jnp.ones_like(zero),))
+    offset, slope = (value.reshape(-1, shape[-1])[0] for value in values)
+    for magnitude in _MAGNITUDES:
+        probe = magnitude * jax.random.normal(jax.random.key(0), shape)
+        limit = 1e-4 * (jnp.abs(probe * slope) + jnp.abs(offset)) + 1e-6
+        if not bool(jnp.all(jnp.abs(apply(probe) - (probe * slope + offset)) <= limit)):
+            raise UserError(f"{refused} not a fixed scale and shift of each channel at inference")
     return slope, offset
 
 

@@ -16,7 +16,18 @@ from normlab.config import load_config
 from normlab.errors import UserError
 from normlab.models import build
 from normlab.models.conv import StandardConv
-from normlab.norms import BatchNorm, NormFactory
+from normlab.norms import NORMS, BatchNorm, NormFactory
+
+FIXED = (
+    "batch_norm",
+    "batch_renorm",
+    "l1_batch_norm",
+    "mean_only_batch_norm",
+    "batch_group_norm",
+    "full_norm",
+    "moving_average_batch_norm",
+)
+"""Normalizers that are a scale and a shift at inference."""
 
 IMAGES = {"cnn": (8, 8, 1), "mlp": (8, 8, 1), "lenet5": (28, 28, 1)}
 
@@ -34,7 +45,7 @@ def with_random_values(variables):
     flat = traverse_util.flatten_dict(variables)
     rng = np.random.default_rng(0)
     for path, array in flat.items():
-        if path[-1] in ("var", "sigma", "scale"):
+        if path[-1] in ("var", "sigma", "second_moment", "scale"):
             flat[path] = jnp.asarray(rng.uniform(0.5, 2.0, array.shape), array.dtype)
         elif path[-1] in ("mean", "bias"):
             flat[path] = jnp.asarray(rng.normal(0, 0.5, array.shape), array.dtype)
@@ -62,8 +73,7 @@ def check(model, shape):
 @pytest.mark.parametrize(
     ("model", "norm"),
     [
-        ("cnn", "batch_norm"),
-        ("cnn", "batch_renorm"),
+        *(("cnn", norm) for norm in FIXED),
         ("mlp", "batch_norm"),
         pytest.param("lenet5", "batch_norm", marks=pytest.mark.slow),
     ],
@@ -147,14 +157,47 @@ def test_a_normalizer_elsewhere_than_behind_a_linear_layer_is_refused(activated)
         fold(model, variables)
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "group_norm", "instance_norm", "rms_norm"])
-def test_a_normalizer_that_looks_at_the_example_is_refused(norm):
-    model = build(config_of("cnn", norm))
-    x = jnp.zeros((1, 8, 8, 1))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+def refusal_of(config, shape=(8, 8, 1)):
+    """Returns the line with which a model of ones is refused."""
+    model = build(config)
+    images = jnp.zeros((1, *shape))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
-    with pytest.raises(UserError, match=r"'norm1': \w+ is not a fixed scale and shift"):
+    with pytest.raises(UserError) as refused:
         fold(model, variables)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("norm", sorted(set(NORMS) - {"none", *FIXED}))
+def test_every_other_normalizer_is_refused_in_a_line(norm):
+    reason = "not a fixed scale and shift of each channel at inference"
+    if NORMS[norm].replaces_activation:
+        reason = "the activation, too"
+    name = NORMS[norm].__name__
+    expected = f"cannot fold the normalizer 'norm1': {name} is {reason}"
+    assert refusal_of(config_of("cnn", norm)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "field"),
+    [
+        ("cnn", "batch_norm", {"norm__inference_weight": 0.5}),
+        ("mlp", "switchable_norm", {}),  # without positions it has other parameters
+    ],
+)
+def test_fields_and_places_that_make_a_normalizer_look_at_the_example_are_seen(model, norm, field):
+    assert "is not a fixed scale and shift" in refusal_of(config_of(model, norm, **field))
+
+
+def test_a_clamp_that_only_large_values_reach_is_seen():
+    """Under a variance of 10⁴, five deviations are 500: a value of 1 tells nothing of it."""
+    model = build(config_of("cnn", "online_norm", norm__limit=5.0))
+    start = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+    stats = jax.tree.map(lambda a: jnp.full_like(a, 1e4), start["batch_stats"])
+    with pytest.raises(UserError, match="OnlineNorm is not a fixed scale and shift"):
+        fold(model, {**start, "batch_stats": stats})
+    model = build(config_of("cnn", "online_norm", norm__control="none"))
+    assert fold(model, {**start, "batch_stats": stats})
 
 
 def test_the_function_is_found_under_the_name_of_the_package():

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax.core import FrozenDict
 
 from normlab.config import from_json, load_config, to_json
 from normlab.errors import UserError
 from normlab.models import build
 from normlab.models.layers import norm_layers
+from normlab.norms import FilterResponseNorm, Identity, NormFactory
 from normlab.training.evaluate import Evaluator
 from normlab.training.examples import load_data
 from normlab.training.parallel import Compiler, make_mesh
@@ -57,6 +60,32 @@ def test_convolutions_have_a_bias_if_any_normalizer_has_none():
     assert not has_bias("norm1=layer_norm")
     assert has_bias("norm1=none")
     assert has_bias("norm1=layer_norm", norm="none")
+
+
+class Two(nn.Module):
+    """Two normalizers, each with an activation that makes 7 of everything."""
+
+    norm: NormFactory
+
+    @nn.compact
+    def __call__(self, x):
+        acts = [self.norm.norm_act(name=f"norm{i}", activation=sevens) for i in (1, 2)]
+        return [act(x, train=False) for act in acts]
+
+
+def sevens(x):
+    return jnp.full_like(x, 7)
+
+
+@pytest.mark.parametrize(
+    ("cls", "other"), [(Identity, FilterResponseNorm), (FilterResponseNorm, Identity)]
+)
+def test_a_layer_may_differ_in_whether_it_takes_the_activations_place(cls, other):
+    one = NormFactory(other, FrozenDict())
+    net = Two(NormFactory(cls, FrozenDict(), overrides=(("norm2", one),)))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    for kind, y in zip((cls, other), net.init_with_output(jax.random.key(0), x)[0], strict=True):
+        assert bool((y == 7).all()) == (kind is Identity)
 
 
 def test_fields_are_the_defaults_of_the_overriding_class_and_the_scope_is_the_runs():
