@@ -31,6 +31,9 @@ EXTRAS = {
 }
 """Parameters beyond scale and bias, of four channels."""
 EVERY = pytest.mark.parametrize("name", list(NORMS))
+GROUPED = pytest.mark.parametrize(
+    "name", [name for name, cls in NORMS.items() if hasattr(cls, "num_groups")]
+)
 STATEFUL = pytest.mark.parametrize("name", [name for name, cls in NORMS.items() if cls.stateful])
 
 
@@ -184,7 +187,7 @@ def test_gradients_do_not_reach_what_is_masked_and_are_finite(name):
         y, _ = train(module, variables, x, mask)
         return jnp.sum(jnp.sin(y[:6]))
 
-    gradient = jax.grad(loss)(x)
+    gradient = jax.jit(jax.grad(loss))(x)
     assert bool(jnp.isfinite(gradient).all())
     np.testing.assert_array_equal(gradient[6:], np.zeros_like(gradient[6:]))
 
@@ -304,7 +307,7 @@ def test_derivatives_agree_with_differences_forward_and_backward(name):
         params = variables.get("params", {})
         if name == "batch_renorm":  # r and d carry no gradient, so differences see more: hold them
             module = make(name, r_max=1.0, d_max=0.0)
-        check_grads(f, (params, x), order=1, modes=("fwd", "rev"))
+        check_grads(jax.jit(f), (params, x), order=1, modes=("fwd", "rev"))
 
 
 @EVERY
@@ -323,3 +326,13 @@ def test_every_field_has_a_comment_that_gives_its_meaning(name):
 def test_the_module_names_its_source(name):
     text = inspect.getmodule(NORMS[name]).__doc__
     assert name == "none" or "arXiv:" in text
+
+
+@GROUPED
+def test_groups_that_do_not_divide_the_channels_are_settled_and_said(name):
+    module = NORMS[name](num_groups=3, strict=False)
+    assert module.note(4) == "num_groups 3 does not divide 4 channels: 2 groups"
+    assert module.note(6) == ""
+    assert start(module, values((2, 3, 3, 4)))
+    with pytest.raises(ValueError, match="num_groups 3 does not divide 4 channels"):
+        start(NORMS[name](num_groups=3), values((2, 3, 3, 4)))
