@@ -47,6 +47,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
         add_duration(config, "norm.ramp_start", fraction=5 / 160)  # r = 1, d = 0 until here
         add_duration(config, "norm.d_ramp_end", fraction=25 / 160)  # d_max reaches its value here
         add_duration(config, "norm.r_ramp_end", fraction=40 / 160)  # r_max reaches its value here
+    config.norm_overrides = ()  # pattern=kind of layers that differ, e.g. norm_stem=none
 
     config.batch_stats = ConfigDict()
     config.batch_stats.scope = "global"  # batch statistics over: global, device (share), ghost

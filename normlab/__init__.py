@@ -12,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("config", "data", "models", "norms", "optim", "report", "training")
+_MODULES = ("analysis", "config", "data", "models", "norms", "optim", "report", "training")
 _FUNCTIONS = {"load_config": "normlab.config", "train": "normlab.training.loop"}
 
 __all__ = ["__version__", "load_config", "train", *_MODULES]

@@ -233,10 +233,13 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
 def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
     """Returns `value` (perhaps text) as `kind`; never rounds, never guesses.
 
-    The elements of a tuple are of the type of those of `like`, the present value; floats if it has
-    none, as the durations do.
+    The elements of a tuple are of the type of those of `like`, the present value: texts if it is
+    empty, floats if there is none, as of the durations. Texts may come without quotes: `a,b`.
     """
     wrong = UserError(f"config field {name!r} takes {_article(kind)}, not {value!r}")
+    element = kind
+    if kind is tuple:
+        element = float if like is None else type(like[0]) if like else str
     if kind is str:
         if not isinstance(value, str):
             raise wrong
@@ -248,9 +251,10 @@ def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            raise wrong from None
+            if element is not str:
+                raise wrong from None
+            value = tuple(part.strip() for part in text.split(",") if part.strip())
     if kind is tuple:
-        element = type(like[0]) if like else float
         parts = value if isinstance(value, (tuple, list)) else (value,)
         try:
             return tuple(_plain_value(part, element) for part in parts)

@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "sweep",
     "paper": "paper",
     "eval": "eval",
+    "calibrate": "calibrate",
     "rerun": "rerun",
     "report": "report",
     "status": "status",
@@ -32,7 +33,7 @@ COMMANDS = {
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""
 
-_COMPUTING = ("train", "compare", "sweep", "paper", "eval", "rerun")
+_COMPUTING = ("train", "compare", "sweep", "paper", "eval", "calibrate", "rerun")
 
 
 def entry() -> NoReturn:

@@ -29,6 +29,7 @@ def main(args: argparse.Namespace) -> int:
         "convs": models.CONVS,
         "optimizers": optim.OPTIMIZERS,
     }
+    width = max(20, *map(len, registries[args.kind]))
     for name, cls in registries[args.kind].items():
-        print(f"{name:20} {(cls.__doc__ or '').strip().splitlines()[0]}")
+        print(f"{name:{width}} {(cls.__doc__ or '').strip().splitlines()[0]}")
     return 0

@@ -16,9 +16,10 @@ from normlab.data import describe
 from normlab.errors import unknown
 from normlab.models.activations import ACTIVATIONS
 from normlab.models.cnn import CNN
-from normlab.models.conv import CONVS
+from normlab.models.conv import StandardConv
 from normlab.models.lenet import LeNet5
 from normlab.models.mlp import MLP
+from normlab.models.placement import parse_overrides
 from normlab.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from normlab.models.resnet_cifar import (
     ResNet18Cifar,
@@ -27,6 +28,11 @@ from normlab.models.resnet_cifar import (
     ResNet44,
     ResNet56,
     ResNet110,
+)
+from normlab.models.weight_space import (
+    ScaledWeightStandardization,
+    WeightNorm,
+    WeightStandardization,
 )
 from normlab.norms import make_norm
 from normlab.run_length import RunLength
@@ -48,6 +54,14 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet152": ResNet152,
 }
 """Models by config name."""
+
+CONVS: dict[str, type[StandardConv]] = {
+    "standard": StandardConv,
+    "weight_norm": WeightNorm,
+    "weight_standardization": WeightStandardization,
+    "scaled_weight_standardization": ScaledWeightStandardization,
+}
+"""Kinds of convolution and dense layer by config name."""
 
 INJECTED = ("num_classes", "norm", "conv")
 """Fields of models that `build` fills in; they are never part of `config.model`."""
@@ -73,10 +87,13 @@ def build(
         raise unknown("'model.activation'", fields["activation"], ACTIVATIONS)
     fields["activation"] = ACTIVATIONS[fields["activation"]]
     length = run_length or RunLength.of(config)
+    overrides = parse_overrides(config.norm_overrides)
     conv = dict(config.conv)
     return MODELS[kind](
         num_classes=describe(config.data).num_classes,
-        norm=make_norm(config, length, num_devices=num_devices, axis_name=axis_name),
+        norm=make_norm(
+            config, length, overrides=overrides, num_devices=num_devices, axis_name=axis_name
+        ),
         conv=CONVS[conv.pop("kind")](**conv),
         **fields,
     )

@@ -45,4 +45,4 @@ class CNN(nn.Module):
             act = self.norm.norm_act(name=f"norm{i}", activation=self.activation)
             x = act(layer(x), train=train, mask=mask)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return self.conv.dense(self.num_classes, name="head")(x)
+        return self.conv.head(self.num_classes, name="head")(x)

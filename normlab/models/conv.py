@@ -55,7 +55,7 @@ class StandardConv:
             use_bias=use_bias,
             dtype=dtype,
             kernel_init=he_normal,
-            conv_general_dilated=self._function(),
+            conv_general_dilated=self.convolution(),
             name=name,
         )
 
@@ -65,7 +65,20 @@ class StandardConv:
         """Returns a dense layer over the last axis, with LeCun's N(0, 1 / fan-in) weights."""
         return nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)
 
-    def _function(self) -> Any:
+    def head(self, features: int, *, name: str, dtype: DTypeLike = "float32") -> nn.Module:
+        """Returns a model's last layer: plain, whatever the hidden ones are.
+
+        No normalizer follows it, so standardized weights would multiply the logits.
+        """
+        return StandardConv.dense(self, features, name=name, dtype=dtype)
+
+    @property
+    def starts_from_data(self) -> bool:
+        """True if parameters are set from the first batch (`training/start.py`)."""
+        return False
+
+    def convolution(self) -> Any:
+        """Returns `lax.conv_general_dilated`, or the one with the split filter gradient."""
         if self.filter_gradient not in FILTER_GRADIENTS:
             raise unknown("'conv.filter_gradient'", self.filter_gradient, FILTER_GRADIENTS)
         # A batch laid over several devices would have to be gathered to be split.
@@ -74,9 +87,6 @@ class StandardConv:
             return conv_with_split_gradient
         return lax.conv_general_dilated
 
-
-CONVS: dict[str, type] = {"standard": StandardConv}
-"""Convolution kinds by config name."""
 
 _PIECE_BYTES, _MAX_PIECES = 256 * 1024, 16
 

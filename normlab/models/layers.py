@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from normlab.norms import NORMS, GroupNorm
+from normlab.norms import NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +33,10 @@ def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLaye
         if type(module) in kinds and context.method_name == "__call__":
             shape = tuple(args[0].shape[1:])
             path = "/".join(module.path)
-            found.append(NormLayer(path, kinds[type(module)], shape, _note(module, shape[-1])))
+            found.append(NormLayer(path, kinds[type(module)], shape, module.note(shape[-1])))
         return call(*args, **kwargs)
 
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     return found
-
-
-def _note(module: nn.Module, channels: int) -> str:
-    if not isinstance(module, GroupNorm):
-        return ""
-    wish, groups = module.num_groups, module.groups_of(channels)
-    if module.group_size is not None:
-        if channels == groups * module.group_size:
-            return ""
-        return (
-            f"group_size {module.group_size} does not divide {channels} channels: {groups} groups"
-        )
-    if groups == wish:
-        return ""
-    return f"num_groups {wish} does not divide {channels} channels: {groups} groups"

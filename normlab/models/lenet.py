@@ -41,4 +41,4 @@ class LeNet5(nn.Module):
         for i, width in enumerate((120, 84), 1):
             layer = self.conv.dense(width, dtype=self.dtype, name=f"dense{i}")
             x = norm_act(layer(x), i + 2)
-        return self.conv.dense(self.num_classes, dtype="float32", name="head")(x)
+        return self.conv.head(self.num_classes, name="head")(x)

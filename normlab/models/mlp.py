@@ -32,4 +32,4 @@ class MLP(nn.Module):
             )
             act = self.norm.norm_act(name=f"norm{i}", activation=self.activation)
             x = act(layer(x), train=train, mask=mask)
-        return self.conv.dense(self.num_classes, dtype="float32", name="head")(x)
+        return self.conv.head(self.num_classes, name="head")(x)

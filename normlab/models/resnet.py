@@ -92,7 +92,7 @@ class ResNet18(nn.Module):
                 name = f"stage{stage + 1}_block{block + 1}"
                 x = self._block(features, strides, name)(x, train=train, mask=mask)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return self.conv.dense(self.num_classes, name="head")(x)
+        return self.conv.head(self.num_classes, name="head")(x)
 
     def _block(self, features: int, strides: int, name: str) -> nn.Module:
         common: dict[str, Any] = {

@@ -101,7 +101,7 @@ class ResNet20(nn.Module):
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train=train, mask=mask)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return self.conv.dense(self.num_classes, name="head")(x)
+        return self.conv.head(self.num_classes, name="head")(x)
 
 
 class ResNet32(ResNet20):

@@ -8,6 +8,13 @@ Departures, each a field:
   Flax stores the biased one, and so does the default here.
 * The paper is silent on how averages are made; here new = momentum·old + (1 − momentum)·batch, with
   zero and one at the start (PyTorch's momentum is one minus this one).
+* `zero_debias=True` gives dm-haiku's averages: after one step they are the batch's own. Haiku keeps
+  the raw average and divides it; here the momentum starts at 0 and grows, which is the same, so the
+  state is what evaluation uses. (Before any step haiku's variance is 0, here 1.)
+* `inference_weight=α` is "inference example weighing" (Summers & Dinneen 2020, arXiv:1906.03548):
+  at inference E[x] and E[x²] are (1 − α)·running + α·the example's own. Their code
+  averages second moments, so that the running variance includes the spread of batch means; here it
+  is the average of batch variances, as in all of this module.
 """
 
 from typing import ClassVar
@@ -18,7 +25,14 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.norms.functional import Moments, normalize, statistics_dtype, unbiased
+from normlab.norms.examples import weigh_example
+from normlab.norms.functional import (
+    Moments,
+    debiased_momentum,
+    normalize,
+    statistics_dtype,
+    unbiased,
+)
 from normlab.norms.groups import group_batch, moving_averages, sow_moments
 from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
 
@@ -26,12 +40,14 @@ from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scal
 class BatchNorm(Normalizer):
     """Normalizes each channel over a group of examples; running averages at inference.
 
-    State: `mean`, `var` [C], float32 at least.
+    State: `mean`, `var` [C], float32 at least; with `zero_debias` also `step`, int32, updates made.
     """
 
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to the variance, inside the root
     running_variance: str = "biased"  # what is averaged: biased (Flax) or unbiased (paper, PyTorch)
+    zero_debias: bool = False  # averages that forget their start: after one step the batch's own
+    inference_weight: float = 0.0  # of an example's own moments at inference; 0: running ones alone
     use_scale: bool = True  # learn a gain per channel
     use_bias: bool = True  # learn an offset per channel
     dtype: DTypeLike | None = None  # of the output; none: the input's
@@ -61,11 +77,18 @@ class BatchNorm(Normalizer):
         state_dtype = statistics_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), state_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), state_dtype)
+        step = None
+        if self.zero_debias:
+            step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
         scale, bias = scale_and_bias(self, (channels,))
         dtype = output_dtype(self, x)
         if not train:
-            inverse_std = jax.lax.rsqrt(var.value + self.epsilon)
-            return normalize(x, mean.value, inverse_std, scale, bias).astype(dtype)
+            at_mean, at_var = mean.value, var.value
+            if self.inference_weight:
+                weighed = weigh_example(x, mask, at_mean, at_var, self.inference_weight)
+                at_mean, at_var = weighed.mean, weighed.var
+            inverse_std = jax.lax.rsqrt(at_var + self.epsilon)
+            return normalize(x, at_mean, inverse_std, scale, bias).astype(dtype)
 
         batch = group_batch(self, x, mask)
         group_mean = batch.unless_empty(batch.moments.mean, mean.value)
@@ -77,8 +100,13 @@ class BatchNorm(Normalizer):
             sow_moments(self, batch)
             old = {"mean": mean.value, "var": var.value}
             new = self.state_from_moments(batch.moments)
-            averages, _ = moving_averages(self, old, new, batch, self.momentum)
+            momentum: float | Array = self.momentum
+            if step is not None:
+                momentum = debiased_momentum(self.momentum, (step.value + 1).astype(state_dtype))
+            averages, moved = moving_averages(self, old, new, batch, momentum)
             mean.value, var.value = averages["mean"], averages["var"]
+            if step is not None:
+                step.value = step.value + moved.astype(jnp.int32)
         return y.reshape(x.shape).astype(dtype)
 
     def state_from_moments(self, moments: Moments) -> dict[str, Array]:

@@ -13,11 +13,13 @@ from jax import Array
 
 from normlab.norms.functional import (
     Axes,
+    Moments,
+    blend_moments,
     expand_mask,
     finite_where_masked,
     moments,
     normalize,
-    pool_moments,
+    pool_channels,
     rough_mean,
     statistics_dtype,
 )
@@ -56,20 +58,39 @@ def normalize_groups(
 ) -> Array:
     """Returns x [N, ..., C] normalized per example over positions and each group of channels.
 
-    The moments of single channels are pooled by the law of total variance, so that the pass over x
-    reduces positions only and channels stay side by side in memory. `mask`: from `prepare`; ε is
-    the module's.
+    `mask`: from `prepare`; ε is the module's.
+    """
+    group, shift = group_moments(module, x, num_groups, mask)
+    inverse_std = jax.lax.rsqrt(group.var + module.epsilon)
+    return normalize(x, group.mean, inverse_std, scale, bias, shift)
+
+
+def group_moments(
+    module: nn.Module, x: Array, num_groups: int, mask: Array | None
+) -> tuple[Moments, Array]:
+    """Returns each example's moments over positions and groups of channels, and their shift.
+
+    Both [N, 1, ..., 1, C], a group's moments repeated for each of its channels. The moments of
+    single channels are pooled, so that the pass over x reduces positions only and channels stay
+    side by side in memory.
     """
     shift = rough_mean(x, position_axes(x), mask)
-    channels = moments(x, position_axes(x), mask, shift)
-    members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
-    pooled = pool_moments(members, (-1,))
+    pooled = pool_channels(moments(x, position_axes(x), mask, shift), num_groups)
     note_nonfinite(module, jnp.isfinite(pooled.var).all())
-    mean, var = (
-        jnp.broadcast_to(part, members.mean.shape).reshape(shift.shape)
-        for part in (pooled.mean, pooled.var)
-    )
-    return normalize(x, mean, jax.lax.rsqrt(var + module.epsilon), scale, bias, shift)
+    return pooled, shift
+
+
+def weigh_example(x: Array, mask: Array | None, mean: Array, var: Array, weight: float) -> Moments:
+    """Returns (1 − weight)·running + weight·own first and second moments, [N, 1, ..., 1, C].
+
+    `mean`, `var`: the running ones [C]; an example's own are over its unmasked positions, and have
+    no weight where there is none.
+    """
+    mask = expand_mask(mask, x.shape)
+    own = moments(finite_where_masked(x, mask), position_axes(x), mask)
+    mean, var = jnp.broadcast_to(mean, own.mean.shape), jnp.broadcast_to(var, own.var.shape)
+    running = Moments(count=jnp.ones_like(mean), mean=mean, var=var)
+    return blend_moments(running, own, weight * (own.count > 0))
 
 
 def standardize_channels(module: nn.Module, x: Array, *, center: bool) -> Array:

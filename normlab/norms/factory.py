@@ -1,16 +1,25 @@
 """From a config to a factory of normalizers: one model, any normalizer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
 from normlab.norms.groups import SCOPES
-from normlab.norms.normalizer import Initializer, Normalizer
+from normlab.norms.normalizer import Activation, Initializer, Normalizer
 
-FACTORY_FIELDS = ("stats_scope", "ghost_size", "axis_name", "device_groups", "strict")
+FACTORY_FIELDS = (
+    "stats_scope",
+    "ghost_size",
+    "axis_name",
+    "device_groups",
+    "strict",
+    "activation",
+)
 """Fields of normalizers that the factory sets; they are never part of `config.norm`."""
 
 UNITS = ("steps", "epochs", "examples", "fraction")
@@ -18,30 +27,49 @@ UNITS = ("steps", "epochs", "examples", "fraction")
 
 @dataclasses.dataclass(frozen=True)
 class NormFactory:
-    """Makes the normalizers of a model, all of one class and setting."""
+    """Makes the normalizers of a model: of one class and setting, save where an override says."""
 
     cls: type[Normalizer]
     fields: FrozenDict[str, Any]  # hashable, as the fields of a Flax module are
+    overrides: tuple[tuple[str, "NormFactory"], ...] = ()  # (pattern of paths, what stands there)
 
     def __call__(self, *, name: str, scale_init: Initializer | None = None) -> Normalizer:
         """Returns a normalizer called as `norm(x, train=..., mask=...)`.
 
         `scale_init`, for the last one of a residual branch, is dropped where there is no scale.
         """
-        fields = dict(self.fields)
-        if scale_init is not None and hasattr(self.cls, "scale_init"):
+        return self._make(name, scale_init, activation=None)
+
+    def _make(
+        self, name: str, scale_init: Initializer | None, activation: Activation | None
+    ) -> Normalizer:
+        chosen = self.at(_path(name)) if self.overrides else self
+        fields = dict(chosen.fields)
+        if chosen.cls.replaces_activation:
+            fields["activation"] = activation
+        if scale_init is not None and hasattr(chosen.cls, "scale_init"):
             fields["scale_init"] = scale_init
-        return self.cls(**fields, name=name)
+        return chosen.cls(**fields, name=name)
+
+    def at(self, path: str) -> "NormFactory":
+        """Returns what stands at a path, e.g. stage1_block1/norm1: the last pattern that fits."""
+        fitting = [other for pattern, other in self.overrides if fnmatchcase(path, pattern)]
+        return fitting[-1] if fitting else self
 
     def norm_act(
         self,
         *,
         name: str,
-        activation: Callable[[Array], Array],
+        activation: Activation,
         scale_init: Initializer | None = None,
     ) -> Callable[..., Array]:
-        """Returns a normalizer with its activation, called as `(x, train=..., mask=...)`."""
-        norm = self(name=name, scale_init=scale_init)
+        """Returns a normalizer with its activation, called as `(x, train=..., mask=...)`.
+
+        One that replaces the activation is handed it and does both.
+        """
+        norm = self._make(name, scale_init, activation)
+        if norm.replaces_activation:
+            return norm
 
         def normalize_and_activate(x: Array, *, train: bool, mask: Array | None = None) -> Array:
             return activation(norm(x, train=train, mask=mask))
@@ -55,13 +83,25 @@ class NormFactory:
 
     @property
     def has_bias(self) -> bool:
-        """True if the normalizer adds an offset: a linear layer before it needs none."""
-        return bool(getattr(self.module, "use_bias", False))
+        """True if every normalizer adds an offset: a linear layer before it needs none."""
+        return bool(getattr(self.module, "use_bias", False)) and all(
+            other.has_bias for _, other in self.overrides
+        )
 
     @property
     def stateful(self) -> bool:
-        """True if the normalizer keeps running statistics."""
-        return self.cls.stateful
+        """True if a normalizer keeps running statistics."""
+        return self.cls.stateful or any(other.stateful for _, other in self.overrides)
+
+
+class _Place(nn.Module):
+    """Nothing: a module that knows where it stands."""
+
+
+def _path(name: str) -> str:
+    """Returns the path of a module `name` in the module whose compact method is at work."""
+    *parents, _ = _Place(name=f"{name}_place").path
+    return "/".join([*parents, name])
 
 
 def make_factory(
@@ -69,11 +109,13 @@ def make_factory(
     config: Any,
     run_length: Any,
     *,
+    overrides: Sequence[tuple[str, type[Normalizer]]] = (),
     num_devices: int = 1,
     axis_name: str | None = None,
 ) -> NormFactory:
     """Returns the factory for `config.norm` (kind and fields) and `config.batch_stats` (scope).
 
+    `overrides`: (pattern, class) of the normalizers that differ, with the fields' class defaults.
     `run_length.steps(section, stem, section_name)` turns a duration into steps. Raises ValueError,
     one line, for a scope that does not exist or a ghost size that does not divide
     `config.train.batch_size`.
@@ -89,11 +131,16 @@ def make_factory(
     for key, value in fields.items():
         if key.endswith("_steps") and value is None:
             raise ValueError(f"config field 'norm.{key}' is empty; give it in one of its units")
-    if "strict" in names:
-        fields["strict"] = False
-    if "stats_scope" in names:
-        fields |= _scope_fields(config, num_devices, axis_name)
-    return NormFactory(cls, FrozenDict(fields))
+
+    def factory(cls: type[Normalizer], fields: dict[str, Any]) -> NormFactory:
+        names = {field.name for field in dataclasses.fields(cls)}
+        settled = {"strict": False} if "strict" in names else {}
+        if "stats_scope" in names:
+            settled |= _scope_fields(config, num_devices, axis_name)
+        return NormFactory(cls, FrozenDict(fields | settled))
+
+    others = tuple((pattern, factory(other, {})) for pattern, other in overrides)
+    return dataclasses.replace(factory(cls, fields), overrides=others)
 
 
 def _scope_fields(config: Any, num_devices: int, axis_name: str | None) -> dict[str, Any]:

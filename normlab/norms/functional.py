@@ -31,11 +31,15 @@ _PILOT = 64  # a rough mean without a mask is over at least 1/64 of the values
 
 
 class Moments(struct.PyTreeNode):
-    """Count, mean and biased variance of sets of values: three arrays of one shape."""
+    """Count, mean and biased variance of sets of values: three arrays of one shape.
+
+    A normalizer that decorrelates channels has their covariance, too.
+    """
 
     count: Array  # values in each set, float
     mean: Array  # 0 where the count is 0
     var: Array  # biased (1/m); 0 where the count is 0
+    covariance: Array | None = None  # biased, of groups of D channels: [..., C/D, D, D]
 
 
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -99,10 +103,14 @@ def _mean(x: Array, axes: Axes, count: Array) -> Array:
     return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
 
 
+def masked_mean(x: Array, axes: Axes, mask: Array | None = None) -> Array:
+    """Returns E[x] over `axes`, which stay as axes of length 1; 0 over no values."""
+    return _mean(_masked(x, mask), axes, _count(x, axes, mask))
+
+
 def mean_square(x: Array, axes: Axes, mask: Array | None = None) -> Array:
     """Returns E[x²] over `axes`, which stay as axes of length 1; 0 over no values."""
-    square = jnp.square(_masked(x.astype(statistics_dtype(x.dtype)), mask))
-    return _mean(square, axes, _count(x, axes, mask))
+    return masked_mean(jnp.square(x.astype(statistics_dtype(x.dtype))), axes, mask)
 
 
 def unbiased(var: Array, count: Array) -> Array:
@@ -119,13 +127,38 @@ def pool_moments(parts: Moments, axes: Axes) -> Moments:
     weight = parts.count / jnp.maximum(count, 1)
     mean = jnp.sum(weight * parts.mean, axes, keepdims=True)
     spread = parts.var + jnp.square(parts.mean - mean)
-    return Moments(count=count, mean=mean, var=jnp.sum(weight * spread, axes, keepdims=True))
+    pooled = Moments(count=count, mean=mean, var=jnp.sum(weight * spread, axes, keepdims=True))
+    if parts.covariance is None:
+        return pooled
+    spread = _weighted_spread(parts.covariance, parts.mean - mean, weight)
+    return pooled.replace(covariance=jnp.sum(spread, axes, keepdims=True))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Returns the moments of the union of two sets (Chan et al. 1983, eq. 2.1)."""
     stacked = jax.tree.map(lambda *parts: jnp.stack(jnp.broadcast_arrays(*parts)), a, b)
     return jax.tree.map(lambda array: array[0], pool_moments(stacked, (0,)))
+
+
+def blend_moments(old: Moments, new: Moments, weight: Array | float) -> Moments:
+    """Returns the moments of a mixture: (1 − weight)·E_old + weight·E_new of both x and x².
+
+    It is the law of total variance, so nothing cancels where the mean is large.
+    """
+    share = jnp.broadcast_to(jnp.asarray(weight, new.mean.dtype), new.mean.shape)
+    return merge_moments(old.replace(count=1 - share), new.replace(count=share))
+
+
+def pool_channels(channels: Moments, num_groups: int) -> Moments:
+    """Returns moments [..., C] pooled over each group of neighbouring channels, for every channel.
+
+    `num_groups` divides C. The mean and variance are repeated over a group's channels.
+    """
+    members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
+    pooled = pool_moments(members, (-1,))
+    return jax.tree.map(
+        lambda part: jnp.broadcast_to(part, members.mean.shape).reshape(channels.mean.shape), pooled
+    )
 
 
 def psum_moments(
@@ -140,7 +173,33 @@ def psum_moments(
     weight = local.count / jnp.maximum(count, 1)
     mean = psum(weight * local.mean)
     var = psum(weight * (local.var + jnp.square(local.mean - mean)))
-    return Moments(count=count, mean=mean, var=var)
+    union = Moments(count=count, mean=mean, var=var)
+    if local.covariance is None:
+        return union
+    spread = _weighted_spread(local.covariance, local.mean - mean, weight)
+    return union.replace(covariance=psum(spread))
+
+
+def covariance(x: Array, mean: Array, mask: Array | None, group_size: int) -> Array:
+    """Returns the biased covariance of each group of channels: [G, 1, ..., 1, C/D, D, D].
+
+    x: [G, N, ..., C], with a mask of its rank; mean: [G, 1, ..., 1, C]; D = `group_size`.
+    """
+    count = _count(x, tuple(range(1, x.ndim - 1)), mask)
+    centered = _masked(x.astype(statistics_dtype(x.dtype)) - mean, mask)
+    centered = centered.reshape(x.shape[0], -1, x.shape[-1] // group_size, group_size)
+    products = jnp.einsum(
+        "gnci,gncj->gcij", centered, centered, precision=jax.lax.Precision.HIGHEST
+    )
+    lead = mean.shape[:-1]
+    return products.reshape(*lead, *products.shape[1:]) / jnp.maximum(count, 1)[..., None, None]
+
+
+def _weighted_spread(covariance: Array, deviation: Array, weight: Array) -> Array:
+    """Returns weight · (covariance + deviation deviationᵀ) in the groups of `covariance`."""
+    grouped = deviation.reshape(covariance.shape[:-1])
+    weight = weight.reshape(grouped.shape)[..., :1, None]
+    return weight * (covariance + grouped[..., :, None] * grouped[..., None, :])
 
 
 # Normalization -----------------------------------------------------------------------------------
@@ -167,6 +226,12 @@ def normalize(
     return (x.astype(statistics_dtype(x.dtype)) - shift) * slope + offset
 
 
+def rsqrt_or_zero(x: Array) -> Array:
+    """Returns 1/√x, and 0 with a derivative of 0 where x is not above 0."""
+    positive = x > 0
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, x, 1)), 0)
+
+
 def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
     """Returns y · scale + bias, either of which may be absent."""
     if scale is not None:
@@ -179,6 +244,19 @@ def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
 def ema(old: Array, new: Array, momentum: float | Array) -> Array:
     """Returns momentum·old + (1 − momentum)·new, in old's dtype."""
     return (momentum * old + (1 - momentum) * new).astype(old.dtype)
+
+
+def debiased_momentum(momentum: float, count: Array) -> Array | float:
+    """Returns the momentum of the `count`-th update (from 1) of an average free of its start.
+
+    Dividing the average h of zero-started updates by 1 − momentum^count (Kingma & Ba 2014,
+    arXiv:1412.6980, section 3) is averaging with momentum 1 − (1 − momentum)/(1 − momentum^count):
+    none at first, so that after one update the average is the batch's.
+    """
+    if momentum in (0, 1):
+        return momentum
+    later = 1 - (1 - momentum) / -jnp.expm1(count * math.log(momentum))
+    return jnp.where(count > 1, later, 0)  # exactly: the start may be far from the first value
 
 
 # Masks -------------------------------------------------------------------------------------------

@@ -41,21 +41,55 @@ class GroupNorm(Normalizer):
         return y.astype(output_dtype(self, x))
 
     def groups_of(self, channels: int) -> int:
-        """Returns the number of groups for this many channels.
+        """Returns the number of groups for this many channels (see `divide_channels`)."""
+        return divide_channels(channels, self.num_groups, self.group_size, strict=self.strict)
 
-        Where the wish does not divide them: ValueError if `strict`, else the largest number of
-        groups that divides and does not exceed it.
-        """
-        wish, wished = self.num_groups, f"num_groups {self.num_groups}"
-        if self.group_size is not None:
-            wish, wished = channels // max(self.group_size, 1), f"group_size {self.group_size}"
-            if self.group_size >= 1 and channels % self.group_size == 0:
-                return wish
-        elif wish >= 1 and channels % wish == 0:
-            return wish
-        if self.strict:
-            raise ValueError(f"{wished} does not divide {channels} channels")
-        return largest_divisor(channels, wish)
+    def note(self, channels: int) -> str:
+        """Returns that the groups are settled otherwise than wished; "" if they are not."""
+        return settled_groups(channels, self.num_groups, self.group_size)
+
+
+def divide_channels(
+    channels: int, num_groups: int, group_size: int | None = None, *, strict: bool = True
+) -> int:
+    """Returns the number of groups of `channels`: num_groups, or as many as group_size makes.
+
+    Where the wish does not divide them: ValueError if `strict`, else the largest number of groups
+    that divides and does not exceed it.
+    """
+    if group_size is None:
+        return divisor(channels, num_groups, "num_groups", strict=strict)
+    if group_size >= 1 and channels % group_size == 0:
+        return channels // group_size
+    if strict:
+        raise ValueError(f"group_size {group_size} does not divide {channels} channels")
+    return largest_divisor(channels, channels // max(group_size, 1))
+
+
+def settled_groups(channels: int, num_groups: int, group_size: int | None = None) -> str:
+    """Returns the line that says how `divide_channels` settled; "" where it is as wished."""
+    groups = divide_channels(channels, num_groups, group_size, strict=False)
+    if group_size is None:
+        return settled("num_groups", num_groups, groups, channels, f"{groups} groups")
+    return settled("group_size", group_size, channels // groups, channels, f"{groups} groups")
+
+
+def settled(field: str, wish: int, found: int, channels: int, result: str) -> str:
+    """Returns the line that says how a grouping was settled; "" where it is as wished."""
+    if found == wish:
+        return ""
+    return f"{field} {wish} does not divide {channels} channels: {result}"
+
+
+def divisor(channels: int, wish: int, field: str, *, strict: bool) -> int:
+    """Returns `wish` where it divides the channels, else ValueError if `strict`, else the largest
+    divisor that does not exceed it.
+    """
+    if wish >= 1 and channels % wish == 0:
+        return wish
+    if strict:
+        raise ValueError(f"{field} {wish} does not divide {channels} channels")
+    return largest_divisor(channels, wish)
 
 
 def largest_divisor(channels: int, limit: int) -> int:

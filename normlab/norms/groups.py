@@ -13,10 +13,14 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.norms.functional import (
+    Axes,
     Moments,
+    blend_moments,
+    covariance,
     ema,
     expand_mask,
     finite_where_masked,
+    masked_mean,
     moments,
     pool_moments,
     psum_moments,
@@ -117,27 +121,71 @@ class GroupedBatch:
     moments: Moments
     local: Moments  # this device's part of the moments
     grouping: Grouping
-    masked: bool  # values may be masked, so groups may be empty
+    axes: Axes  # of the values that share a statistic: examples, and positions unless kept apart
+    mask: Array | None  # [G, N/G, ..., 1] true where a value counts; so groups may be empty
 
     def unless_empty(self, statistic: Array, running: Array) -> Array:
-        """Returns a group's own statistic, or the running one [C] for a group of nothing."""
-        return jnp.where(self.moments.count > 0, statistic, running) if self.masked else statistic
+        """Returns a group's own statistic, or the running one for a group of nothing.
+
+        statistic: [G, 1, ..., 1, C], running: [C], or both of any other last length.
+        """
+        return statistic if self.mask is None else jnp.where(self.present, statistic, running)
+
+    @property
+    def present(self) -> Array:
+        """[G, 1, ..., 1, 1], true where a group has values: no mask has channels, so in all."""
+        return self.moments.count[..., :1] > 0
+
+    def mean_of(self, values: Array) -> Array:
+        """Returns each group's mean of `values` [G, N/G, ...], unmasked and over its devices."""
+        mean = masked_mean(values, self.axes, self.mask)
+        if not self.grouping.pooled:
+            return mean
+        assert self.grouping.axis_name is not None
+        weight = self.local.count / jnp.maximum(self.moments.count, 1)
+        return jax.lax.psum(
+            weight[..., :1] * mean,
+            self.grouping.axis_name,
+            axis_index_groups=self.grouping.index_groups,
+        )
+
+    def whole(self) -> Moments:
+        """Returns the moments [C] of the whole batch, over all groups and devices."""
+        total = pool_moments(self.local, (0, *self.axes))
+        if self.grouping.axis_name is not None:
+            total = psum_moments(total, self.grouping.axis_name)
+        return jax.tree.map(lambda part: part.reshape(part.shape[len(self.axes) + 1 :]), total)
 
 
-def group_batch(module: nn.Module, x: Array, mask: Array | None) -> GroupedBatch:
-    """Returns x [N, ..., C] in the groups that a module's scope fields ask for."""
+def group_batch(
+    module: nn.Module,
+    x: Array,
+    mask: Array | None,
+    *,
+    positions_apart: bool = False,
+    grouping: Grouping | None = None,
+    covariance_of: int | None = None,
+) -> GroupedBatch:
+    """Returns x [N, ..., C] in the groups that a module's scope fields ask for, or in `grouping`.
+
+    `positions_apart`: a statistic is over examples only, one for each position and channel. The
+    moments have the covariance of groups of `covariance_of` channels, if that is given.
+    """
     mask = expand_mask(mask, x.shape)
-    grouping = grouping_of(module, x.shape[0])
+    grouping = grouping or grouping_of(module, x.shape[0])
     values = split(finite_where_masked(x, mask), grouping.num_groups)
-    axes = tuple(range(1, values.ndim - 1))
+    axes = (1,) if positions_apart else tuple(range(1, values.ndim - 1))
     if mask is not None:
         mask = split(mask, grouping.num_groups)
     shift = rough_mean(values, axes, mask)
-    local = together = moments(values, axes, mask, shift)
+    local = moments(values, axes, mask, shift)
+    if covariance_of is not None:
+        local = local.replace(covariance=covariance(values, local.mean, mask, covariance_of))
+    together = local
     if grouping.pooled:
         assert grouping.axis_name is not None
         together = psum_moments(local, grouping.axis_name, grouping.index_groups)
-    return GroupedBatch(values, shift, together, local, grouping, mask is not None)
+    return GroupedBatch(values, shift, together, local, grouping, axes, mask)
 
 
 def gathers_moments(module: nn.Module) -> bool:
@@ -147,13 +195,8 @@ def gathers_moments(module: nn.Module) -> bool:
 
 def sow_moments(module: nn.Module, batch: GroupedBatch) -> None:
     """Leaves the moments [C] of the whole batch in the collection `batch_moments`, if asked for."""
-    if not gathers_moments(module):
-        return
-    total = pool_moments(batch.local, tuple(range(batch.local.mean.ndim - 1)))
-    if batch.grouping.axis_name is not None:
-        total = psum_moments(total, batch.grouping.axis_name)
-    total = jax.tree.map(lambda part: part.reshape(-1), total)
-    module.sow("batch_moments", "moments", total, reduce_fn=lambda _, new: new)
+    if gathers_moments(module):
+        module.sow("batch_moments", "moments", batch.whole(), reduce_fn=lambda _, new: new)
 
 
 def moving_averages(
@@ -161,16 +204,16 @@ def moving_averages(
     old: dict[str, Array],
     new: dict[str, Array],
     batch: GroupedBatch,
-    momentum: float,
+    momentum: float | Array,
 ) -> tuple[dict[str, Array], Array]:
     """Returns the running statistics after a batch, and whether they moved (boolean []).
 
-    `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C]. The groups that have values enter
-    with equal weight. Nothing moves if there is none, or if any of their statistics is not finite:
-    one overflow in one batch would otherwise poison an average for good.
+    `old`: [C]; `new`, of the batch's groups: [G, 1, ..., 1, C], or both with positions, or of any
+    other last length. The groups that have values enter with equal weight. Nothing moves where
+    there is none, and nothing at all if any of their statistics is not finite: one overflow in one
+    batch would otherwise poison an average for good.
     """
-    count, grouping = batch.moments.count, batch.grouping
-    axes = tuple(range(count.ndim - 1))
+    grouping, axes = batch.grouping, (0, *batch.axes)
 
     def total(per_group: Array) -> Array:
         summed = per_group.sum(axes)
@@ -180,16 +223,41 @@ def moving_averages(
         # A group that spans devices stands on each of them: all weights grow alike.
         return jax.lax.psum(summed, grouping.axis_name)
 
-    groups = total((count > 0).astype(count.dtype))
+    groups = total(batch.present.astype(batch.moments.count.dtype))
     means = {
-        name: total(jnp.where(count > 0, value, 0)) / jnp.maximum(groups, 1)
+        name: total(jnp.where(batch.present, value, 0)) / jnp.maximum(groups, 1)
         for name, value in new.items()
     }
-    finite = jnp.all(jnp.stack([jnp.isfinite(mean).all() for mean in means.values()]))
-    note_nonfinite(module, finite)
-    moves = (groups > 0).all() & finite
+    finite = all_finite(module, means)
     averages = {
-        name: jnp.where(moves, ema(old[name], mean, momentum), old[name])
+        name: jnp.where((groups > 0) & finite, ema(old[name], mean, momentum), old[name])
         for name, mean in means.items()
     }
-    return averages, moves
+    return averages, (groups > 0).any() & finite
+
+
+def moving_moments(
+    module: nn.Module, mean: Array, var: Array, batch: GroupedBatch, momentum: float | Array
+) -> tuple[Array, Array, Array]:
+    """Returns mean and variance [C] after a batch, and whether they moved (boolean []).
+
+    What is averaged are the first and second moments of the whole batch: so the variance holds the
+    spread of the batches' means too, as one over the data set does.
+    """
+    total = batch.whole()
+    old = Moments(count=jnp.ones_like(mean), mean=mean, var=var)
+    new = blend_moments(old, total, 1 - momentum)
+    finite = all_finite(module, {"mean": total.mean, "var": total.var})
+    moves = (total.count > 0).any() & finite
+    mean_after, var_after = (
+        jnp.where(moves, after.astype(before.dtype), before)
+        for after, before in ((new.mean, mean), (new.var, var))
+    )
+    return mean_after, var_after, moves
+
+
+def all_finite(module: nn.Module, statistics: dict[str, Array]) -> Array:
+    """Returns whether all statistics are finite (boolean []), and says so where asked for."""
+    finite = jnp.all(jnp.stack([jnp.isfinite(value).all() for value in statistics.values()]))
+    note_nonfinite(module, finite)
+    return finite

@@ -1,13 +1,16 @@
 """What all normalizers share: the contract, and how `scale`, `bias` and dtypes are declared."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
 Initializer = Callable[..., Array]
+Activation = Callable[[Array], Array]
 
 
 class Normalizer(nn.Module):
@@ -19,6 +22,13 @@ class Normalizer(nn.Module):
     """
 
     stateful: ClassVar[bool] = False
+    replaces_activation: ClassVar[bool] = False
+    """True if the class has a field `activation`: that of the model, which it takes over, or None
+    where the model has none. Only `NormFactory` sets it."""
+
+    def note(self, channels: int) -> str:
+        """Returns where it departs from its fields for this many channels; "" if nowhere."""
+        return ""
 
 
 def scale_and_bias(module: nn.Module, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -40,7 +50,9 @@ def note_nonfinite(module: nn.Module, finite: Array) -> None:
     The output may well be finite where a statistic is not, as x/∞ is. `finite`: boolean [].
     """
     if module.is_mutable_collection("nonfinite") and not module.is_initializing():
-        module.sow("nonfinite", "statistics", ~finite, reduce_fn=lambda _, new: new)
+        # One bad statistic of several is enough.
+        start = partial(jnp.zeros, (), bool)
+        module.sow("nonfinite", "statistics", ~finite, init_fn=start, reduce_fn=jnp.logical_or)
 
 
 def output_dtype(module: nn.Module, x: Array) -> DTypeLike:

@@ -10,7 +10,12 @@ from typing import Any
 from normlab.errors import unknown
 
 ROLES = ("kernel", "bias", "norm_scale", "norm_bias", "norm_extra")
-"""Linear layers have kernel and bias; normalizers norm_scale, norm_bias, norm_extra (the rest)."""
+"""Linear layers have kernel and bias; normalizers norm_scale, norm_bias, norm_extra (the rest).
+
+The gain of a linear layer with normalized weights is a norm_scale.
+"""
+
+_LINEAR = {"bias": "bias", "gain": "norm_scale"}
 
 
 def roles(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def roles(params: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             tree[name] = roles(value)
         elif is_linear:
-            tree[name] = "bias" if name == "bias" else "kernel"
+            tree[name] = _LINEAR.get(name, "kernel")
         else:
             tree[name] = f"norm_{name}" if name in ("scale", "bias") else "norm_extra"
     return tree

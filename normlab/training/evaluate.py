@@ -11,6 +11,7 @@ Three accuracies for a normalizer with state, because they differ where it matte
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import jax
@@ -71,19 +72,21 @@ class Evaluator:
             )
             return _count(logits, labels, mask)
 
-        count = len(examples)
-        order = np.random.default_rng(SHUFFLE_SEED).permutation(count).astype(np.int32)
-        batches = ((order[rows], mask) for rows, mask in self._training_batches(count, batch_size))
+        batches = self._shuffled(len(examples), batch_size)
         return self._total("evaluate_batch", measure, variables, examples, batches)
 
     def recompute(
-        self, variables: Variables, examples: Feed, batch_size: int, norm: Any
+        self,
+        variables: Variables,
+        examples: Feed,
+        batch_size: int,
+        *,
+        num_batches: int | None = None,
     ) -> Variables:
         """Returns the variables with the statistics of one exact pass over `examples`.
 
         The weights stand still, each batch is normalized by its own statistics as in training, and
-        counters are kept. `norm` is the model's normalizer (a module), which knows what its state
-        is for given moments.
+        counters are kept. With `num_batches`, of that many batches of one fixed shuffle instead.
         """
 
         def gather(variables: Variables, data: Examples, rows: Array, mask: Array) -> Any:
@@ -92,15 +95,16 @@ class Evaluator:
             _, sown = self.model.apply(
                 variables, images, train=True, mask=mask, mutable=collections
             )
-            return sown["batch_moments"]
+            return sown.get("batch_moments", {})  # none where overrides left no such layer
 
         def add(total: Any, moments: Any) -> Any:
             return jax.tree.map(merge_moments, total, moments, is_leaf=_is_moments)
 
         total = None
-        for arguments in _arguments(
-            variables, examples, self._training_batches(len(examples), batch_size)
-        ):
+        batches = self._training_batches(len(examples), batch_size)
+        if num_batches is not None:
+            batches = islice(self._shuffled(len(examples), batch_size), num_batches)
+        for arguments in _arguments(variables, examples, batches):
             moments = self.compiler("recompute", gather, *arguments)(*arguments)
             total = (
                 moments
@@ -109,6 +113,7 @@ class Evaluator:
             )
         stats = traverse_util.flatten_dict(variables["batch_stats"])
         for (*path, _), moments in traverse_util.flatten_dict(total).items():
+            norm: Any = self.model.norm.at("/".join(path)).module
             for name, value in norm.state_from_moments(moments).items():
                 stats[(*path, name)] = value
         return {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
@@ -136,7 +141,7 @@ class Evaluator:
         by_batch = self.batch(variables, test, train_size)
         metrics["test"]["accuracy_batch_statistics"] = by_batch["accuracy"]
         if recompute:
-            exact = self.recompute(variables, data.train, train_size, parts.norm.module)
+            exact = self.recompute(variables, data.train, train_size)
             by_exact = self.running(exact, test, eval_size)
             metrics["test"]["accuracy_recomputed_statistics"] = by_exact["accuracy"]
         return metrics
@@ -157,6 +162,11 @@ class Evaluator:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields batches of exactly the training's size, so that ghost groups divide them."""
         return zip(*eval_indices(count, batch_size), strict=True)
+
+    def _shuffled(self, count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the same in one fixed shuffle."""
+        order = np.random.default_rng(SHUFFLE_SEED).permutation(count).astype(np.int32)
+        return ((order[rows], mask) for rows, mask in self._training_batches(count, batch_size))
 
     def _total(
         self,

@@ -27,6 +27,7 @@ from normlab.training.record import check_fingerprint, describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
 from normlab.training.signals import Interrupted, Signals
 from normlab.training.sinks import check_sinks, open_sinks
+from normlab.training.start import start_from_data
 from normlab.training.state import CULPRITS, Totals, TrainState, create_state
 from normlab.training.step import make_train_step
 
@@ -95,6 +96,8 @@ class _Run:
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
 
         state = create_state(parts, self.compiler)
+        if parts.model.conv.starts_from_data:
+            state = start_from_data(parts, state, self.data, self.compiler)
         self.num_params = models.count_params(state.params)
         order = order_hash(config.seed, parts.length.batch_size, len(self.data.train))
         describe_run(parts, folder, overrides, self.data.fingerprint, order, state.params)

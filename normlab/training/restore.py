@@ -1,5 +1,6 @@
 """A run's checkpoint, back in memory."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ from normlab import run
 from normlab.config import from_json
 from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
-from normlab.training.evaluate import Evaluator, by_split
-from normlab.training.examples import load_data
+from normlab.training.evaluate import Evaluator, Variables, by_split
+from normlab.training.examples import RunData, load_data
 from normlab.training.setup import Parts, build_parts, id_of
 from normlab.training.state import TrainState, create_state
 
@@ -53,15 +54,28 @@ def restore(
     return parts, step, state
 
 
-def evaluate_run(
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint of a run with all that it takes to measure it."""
+
+    parts: Parts
+    step: int
+    state: TrainState
+    use_ema: bool  # which weights were asked for
+    variables: Variables  # those weights and their statistics, on the devices
+    data: RunData
+    evaluator: Evaluator
+
+
+def open_run(
     folder: Path,
     *,
     step: int | None = None,
     use_ema: bool | None = None,
     batch_size: int | None = None,
     data_path: str | None = None,
-) -> dict[str, Any]:
-    """Returns the test metrics of a run's checkpoint, in all the ways of `Evaluator.all_ways`.
+) -> Opened:
+    """Returns a run's checkpoint, ready to be measured.
 
     `use_ema` None: as the config says. Raises UserError as `restore` does, and if moving averages
     are asked for that the run did not keep.
@@ -72,8 +86,23 @@ def evaluate_run(
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
     mesh = parallel.make_mesh()
-    data = load_data(parts.config, mesh)
-    evaluator = Evaluator(parts.model, parts.info, mesh, compiler)
-    variables = state.variables(parts.config.eval.use_ema if use_ema is None else use_ema)
-    variables = parallel.replicate(variables, mesh)
-    return {"step": step, **by_split(evaluator.all_ways(parts, variables, data))}
+    chosen = parts.config.eval.use_ema if use_ema is None else use_ema
+    return Opened(
+        parts=parts,
+        step=step,
+        state=state,
+        use_ema=chosen and state.ema is not None,
+        variables=parallel.replicate(state.variables(chosen), mesh),
+        data=load_data(parts.config, mesh),
+        evaluator=Evaluator(parts.model, parts.info, mesh, compiler),
+    )
+
+
+def evaluate_run(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Returns the test metrics of a run's checkpoint, in all the ways of `Evaluator.all_ways`.
+
+    `settings` as of `open_run`, which says what is refused.
+    """
+    there = open_run(folder, **settings)
+    metrics = there.evaluator.all_ways(there.parts, there.variables, there.data)
+    return {"step": there.step, **by_split(metrics)}

@@ -16,6 +16,7 @@ from normlab import models, optim
 from normlab.config import flatten, identity, run_id
 from normlab.data import DatasetInfo, check_cropping, check_source, describe
 from normlab.errors import UserError
+from normlab.models.placement import check_overrides, parse_overrides
 from normlab.norms import NORMS, NormFactory
 from normlab.optim.schedules import Schedule
 from normlab.run_length import RunLength
@@ -78,13 +79,15 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
         kind, data = config.model.kind, config.data.name
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {kind!r} cannot take the images of {data!r}: {reason}") from error
+    check_overrides(model, parts.info.image_shape, config.norm_overrides)
     check_probe(config, model, parts.info)
     return parts
 
 
 def run_identity(config: ConfigDict) -> dict[str, Any]:
     """Returns the run's identity (`config.identity`) on this machine's devices."""
-    stateful = NORMS[config.norm.kind].stateful
+    kinds = [config.norm.kind, *(kind for _, kind in parse_overrides(config.norm_overrides))]
+    stateful = any(NORMS[kind].stateful for kind in kinds)
     return identity(config, stateful=stateful, num_devices=parallel.num_devices())
 
 
@@ -115,6 +118,7 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("model.widths", 1, 2**31 - 1),
     ("model.strides", 1, 2**31 - 1),
     ("model.stage_sizes", 1, 2**31 - 1),
+    ("conv.epsilon", 0.0, math.inf),
     ("norm.momentum", 0.0, 1.0),
     ("norm.epsilon", 0.0, math.inf),
     ("norm.num_groups", 1, 2**31 - 1),

@@ -9,6 +9,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from normlab.norms import join_state, split_state
 from normlab.optim.schedules import Schedule
 from normlab.training.state import CULPRITS, Health, Totals, TrainState
 
@@ -65,12 +66,19 @@ def make_train_step(
     marked as diverged and no later step changes it, its count of steps included.
     """
 
-    gradient_of = jax.value_and_grad(make_loss(model, label_smoothing), has_aux=True)
+    loss_of = make_loss(model, label_smoothing)
+
+    def split_loss(params: Any, backward: Any, others: Any, batch: Batch) -> tuple[Array, Any]:
+        return loss_of(params, join_state(others, backward), batch)
+
+    # A statistic of the backward pass comes out as the gradient by its old value.
+    gradient_of = jax.value_and_grad(split_loss, argnums=(0, 1), has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        (loss, (correct, batch_stats, sound)), gradient = gradient_of(
-            state.params, state.batch_stats, batch
+        (loss, (correct, batch_stats, sound)), (gradient, backward) = gradient_of(
+            state.params, *split_state(state.batch_stats), batch
         )
+        batch_stats, sound = join_state(batch_stats, backward), sound & _all_finite(backward)
         gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
         rate = schedule(state.step)

@@ -112,5 +112,5 @@ def test_pieces_of_bfloat16_are_summed_in_float32():
 
 @pytest.mark.parametrize("choice", ["whole", "split"])
 def test_the_choice_is_a_field(choice):
-    found = StandardConv(filter_gradient=choice)._function()
+    found = StandardConv(filter_gradient=choice).convolution()
     assert (found is conv_with_split_gradient) == (choice == "split")

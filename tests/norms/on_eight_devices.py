@@ -1,12 +1,21 @@
 """Statistics over devices. Run by `test_devices.py` in a process that has eight CPU devices."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from normlab.norms import BatchNorm, BatchRenorm
+from normlab.norms import (
+    BatchGroupNorm,
+    BatchLayerNorm,
+    BatchNorm,
+    BatchRenorm,
+    L1BatchNorm,
+    MeanOnlyBatchNorm,
+)
 
 DEVICES, SHARE = 8, 4
 
@@ -79,6 +88,27 @@ def test_devices_change_nothing(cls, scope, size, same_as):
     x = values()
     many = under_pmap(cls(axis_name="batch", **fields_of(scope, size)), x)
     one = on_one(cls(**same_as), flat(x))
+    assert_same(many, one)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [L1BatchNorm, MeanOnlyBatchNorm, BatchLayerNorm, partial(BatchGroupNorm, num_groups=1)],
+    ids=["l1", "mean only", "batch layer", "batch group"],
+)
+@pytest.mark.parametrize(
+    ("scope", "size", "same_as"),
+    [
+        ("global", None, fields_of("global")),
+        ("device", None, fields_of("ghost", SHARE)),
+        ("ghost", 8, fields_of("ghost", 8)),
+    ],
+)
+def test_devices_change_nothing_for_the_relatives_of_batch_normalization(cls, scope, size, same_as):
+    x = values()
+    mask = jnp.ones((DEVICES, SHARE), bool).at[1, 1:].set(False).at[5].set(False)
+    many = under_pmap(cls(axis_name="batch", **fields_of(scope, size)), x, mask)
+    one = on_one(cls(**same_as), flat(x), flat(mask))
     assert_same(many, one)
 
 

@@ -49,7 +49,7 @@ def test_the_accuracy_is_the_count_of_right_answers(evaluator):
 def test_recomputed_statistics_are_the_training_sets_own(evaluator):
     """The first normalizer sees the convolution of the data alone: its exact moments are known."""
     made, parts, variables, (images, labels), _ = evaluator
-    new = made.recompute(variables, Resident((images, labels)), 64, parts.norm.module)
+    new = made.recompute(variables, Resident((images, labels)), 64)
     mean, std = parts.info.mean[0], parts.info.std[0]
     inputs = (np.asarray(images, np.float32) / 255 - mean) / std
     conv = parts.model.apply(
@@ -74,10 +74,7 @@ def test_recomputed_statistics_do_not_depend_on_the_running_ones(norm):
     examples = jax.numpy.asarray(data.train.images), jax.numpy.asarray(data.train.labels)
     made = Evaluator(parts.model, parts.info, parallel.make_mesh(), compiler)
     other = variables | {"batch_stats": jax.tree.map(lambda x: 2 * x + 1, variables["batch_stats"])}
-    found = [
-        made.recompute(start, Resident(examples), 64, parts.norm.module)
-        for start in (variables, other)
-    ]
+    found = [made.recompute(start, Resident(examples), 64) for start in (variables, other)]
     for layer in ("norm1", "norm2"):
         for name in ("mean", "var" if norm == "batch_norm" else "sigma"):
             a, b = (new["batch_stats"][layer][name] for new in found)

@@ -7,7 +7,7 @@ import pytest
 
 from normlab.config import load_config
 from normlab.models.activations import relu
-from normlab.norms import NORMS
+from normlab.norms import NORMS, split_state
 from normlab.training.parallel import Compiler
 from normlab.training.setup import build_parts
 from normlab.training.state import CULPRITS, create_state
@@ -100,14 +100,17 @@ def test_the_run_is_diverged_after_k_such_steps_in_a_row_and_stands_still():
     assert (int(after.step), int(after.totals.nonfinite)) == (4, 3)
 
 
+NO_SQUARES = {"none", "dyt", "derf", "l1_batch_norm", "mean_only_batch_norm"}
+
+
 @pytest.mark.parametrize(
     ("norm", "model"),
     [
         (norm, model)
-        for norm in sorted(set(NORMS) - {"none"})
+        for norm in sorted(set(NORMS) - NO_SQUARES)
         for model in ("mlp", "cnn")
         # Over one value per channel the deviation is 0 whatever the value: nothing overflows.
-        if model == "cnn" or norm not in ("instance_norm", "group_norm")
+        if model == "cnn" or norm not in ("instance_norm", "group_norm", "evonorm_s0")
     ],
 )
 def test_an_overflowing_statistic_is_found_even_where_loss_and_gradient_are_finite(norm, model):
@@ -119,10 +122,39 @@ def test_an_overflowing_statistic_is_found_even_where_loss_and_gradient_are_fini
     state = step(create_state(parts, Compiler()), batch())
     images, labels = batch(1)
     after = step(state, (1e20 * images, labels))
-    # Some of them make NaN of it, so that the loss is the first to tell.
-    assert CULPRITS[int(after.health.culprit)] in ("statistic", "loss")
+    # Some of them make NaN of it, so that the loss is the first to tell; what normalizes by running
+    # statistics hands it on, to the gradient of the layer before.
+    assert CULPRITS[int(after.health.culprit)] in ("statistic", "loss", "gradient")
     assert int(after.totals.nonfinite) == 1
     assert same(after.params, state.params)
+    assert same(after.batch_stats, state.batch_stats)
+
+
+@pytest.mark.parametrize(
+    "norm", ["full_norm", "moving_average_batch_norm", "online_norm", "power_norm"]
+)
+def test_statistics_of_the_backward_pass_move_with_the_step_and_with_nothing_else(norm):
+    parts = parts_of(norm)
+    step, state = stepper(parts), create_state(parts, Compiler())
+    before, _ = split_state(state.batch_stats)
+    assert before
+    after = step(state, batch())
+    moved, _ = split_state(after.batch_stats)
+    assert not same(moved, before)
+    assert int(after.totals.nonfinite) == 0
+    images, labels = batch(1)
+    kept = step(after, (images.at[3].set(jnp.inf), labels))
+    assert same(kept.batch_stats, after.batch_stats)
+
+
+def test_a_gradient_that_is_not_finite_keeps_the_statistics_of_the_backward_pass():
+    """The loss and all that is seen forward are finite: only the head's gradient is not."""
+    parts = parts_of("full_norm")
+    step = stepper(parts)
+    state = step(create_state(parts, Compiler()), batch())
+    head = jax.tree.map(lambda w: w * 1e38, state.params["head"])
+    after = step(state.replace(params={**state.params, "head": head}), batch(1))
+    assert int(after.totals.nonfinite) == 1
     assert same(after.batch_stats, state.batch_stats)
 
 

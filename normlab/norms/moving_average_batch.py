@@ -1,0 +1,151 @@
+"""Moving Average Batch Normalization (MABN). Yan et al. 2020, arXiv:2001.06838.
+
+x is divided by the root of E[x²] over the last K batches, without centering, and the one statistic
+that is left in the backward pass is a mean over as many (g is the gradient by the output):
+
+    y = r·z,  z = x/√(χ² + ε),  r = clip(√(χ² + ε)/√(running + ε), 1/5, 5),
+    ∂ℓ/∂x = (r·g − z·E[r·g·z])/√(χ² + ε),
+
+χ² and E[r·g·z] means over the window, this batch included. No gradient goes through r. `running` is
+a moving average of χ², and inference divides by its root.
+
+As in the official code (megvii-model/MABN): the batch's own statistics as long as the window is not
+full or for `warmup_steps`; r = 1 for 1000 steps; K = 16, for batches of 2 as if they were of 32. It
+centers the weights of the convolution before it, too (`CenConv2d`), which is no part of a
+normalizer. One window serves the whole batch, so the scope of batch statistics has no meaning here.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from normlab.norms.backward import share_of_mean
+from normlab.norms.functional import Moments, affine, ema, statistics_dtype
+from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
+from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+
+
+class MovingAverageBatchNorm(Normalizer):
+    """Divides each channel by its root mean square over the last batches, forward and backward.
+
+    State: `second_moment` [C], `window`, `backward_window` [K, C], float32 at least, and `step`,
+    int32, the number of updates. `backward_window` moves only as `backward.py` says.
+    """
+
+    window: int = 16  # batches over which statistics are averaged
+    momentum: float = 0.98  # weight of the old value in the running second moment
+    epsilon: float = 1e-5  # added to the second moment, inside the root
+    warmup_steps: int = 100  # updates with the batch's own statistics
+    correction_start_steps: int = 1000  # updates without correction towards the running average
+    correction_max: float = 5.0  # largest correction, and its inverse the smallest
+    use_scale: bool = True  # learn a gain per channel
+    use_bias: bool = True  # learn an offset per channel
+    dtype: DTypeLike | None = None  # of the output; none: the input's
+    param_dtype: DTypeLike = "float32"  # of scale and bias
+    scale_init: Initializer = nn.initializers.ones
+    bias_init: Initializer = nn.initializers.zeros
+
+    stateful: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
+        """x [N, ..., C], mask [N] or [N, ...] -> y [N, ..., C].
+
+        A batch of nothing unmasked is divided by the running root mean square and changes no state.
+        A statistic that is not finite leaves the whole state as it was. Raises ValueError for a
+        window of less than one batch.
+        """
+        if self.window < 1:
+            raise ValueError(f"window {self.window} is not 1 or more")
+        channels = x.shape[-1]
+        state_dtype = statistics_dtype(self.param_dtype)
+
+        def state(name: str, start: Any, *shape: int) -> Any:
+            return self.variable("batch_stats", name, start, (*shape, channels), state_dtype)
+
+        running = state("second_moment", jnp.ones)
+        window = state("window", jnp.zeros, self.window)
+        of_products = state("backward_window", jnp.zeros, self.window)
+        step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
+        scale, bias = scale_and_bias(self, (channels,))
+        dtype = output_dtype(self, x)
+        values = x.astype(statistics_dtype(x.dtype))
+        if not train:
+            y = values * jax.lax.rsqrt(running.value + self.epsilon)
+            return affine(y, scale, bias).astype(dtype)
+
+        batch = group_batch(self, values, mask, grouping=Grouping(1))
+        own = batch.mean_of(jnp.square(batch.values)).reshape(-1).astype(state_dtype)
+        present = (batch.moments.count > 0).any()
+        moved = present & all_finite(self, {"second_moment": own})
+        count = step.value + 1
+        slot, full = count % self.window, (count > self.window) & (count >= self.warmup_steps)
+        late = count > max(self.correction_start_steps, self.warmup_steps)
+        if gathers_moments(self):  # not those under the state that they are to replace
+            full = late = jnp.zeros((), bool)
+        filled = window.value.at[slot].set(own)
+        square = jnp.where(full, filled.mean(0), own)
+        square = jnp.where(present, square, running.value)
+        limit = jnp.where(late, self.correction_max, 1.0)
+        r = jnp.sqrt((square + self.epsilon) / (running.value + self.epsilon))
+        y = _rescale(
+            batch.values,
+            jax.lax.rsqrt(square + self.epsilon),
+            jnp.clip(r, 1 / limit, limit),
+            share_of_mean(batch),
+            slot,
+            full,
+            moved,
+            of_products.value,
+        )
+        if not self.is_initializing():
+            sow_moments(self, batch)
+            window.value = jnp.where(moved, filled, window.value)
+            average = ema(running.value, square, self.momentum)
+            running.value = jnp.where(moved, average, running.value)
+            step.value = step.value + moved.astype(jnp.int32)
+        return affine(y, scale, bias).reshape(x.shape).astype(dtype)
+
+    def state_from_moments(self, moments: Moments) -> dict[str, Array]:
+        """Returns the `batch_stats` entries that stand for population moments [C]."""
+        return {"second_moment": moments.var + jnp.square(moments.mean)}
+
+
+@jax.custom_vjp
+def _rescale(
+    x: Array,
+    inverse_root: Array,
+    r: Array,
+    share: Array,
+    slot: Array,
+    full: Array,
+    moved: Array,
+    of_products: Array,
+) -> Array:
+    """Returns x·inverse_root·r, [..., C].
+
+    Its gradient by x has the mean over the window of E[r·g·z]; the cotangent of `of_products`
+    [K, C] is the window with this batch in its `slot`.
+    """
+    return x * (inverse_root * r)
+
+
+def _forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _rescale(*arguments), arguments
+
+
+def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
+    x, inverse_root, r, share, slot, full, moved, of_products = arguments
+    z, g = x * inverse_root, g * r
+    product = (share * z * g).sum(tuple(range(x.ndim - 1)))
+    filled = of_products.at[slot].set(product.astype(of_products.dtype))
+    mean = jnp.where(full, filled.mean(0), product)
+    by_x = inverse_root * (g - jnp.where(share > 0, z * mean, 0))
+    return by_x, None, None, None, None, None, None, jnp.where(moved, filled, of_products)
+
+
+_rescale.defvjp(_forward, _backward)

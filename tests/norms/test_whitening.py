@@ -1,0 +1,202 @@
+"""Decorrelated and iterative batch normalization: against the papers' equations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from paper_reference import assert_follows, assert_follows_in, batches, some_mask
+
+from normlab.norms import BatchNorm, DecorrelatedBatchNorm, IterativeNorm
+from normlab.norms.decorrelated import inverse_root
+from normlab.norms.functional import merge_moments
+
+SIZE = 2
+
+
+def root_by_power(sigma):
+    """Returns Σ^(−1/2) from the eigenvectors that numpy finds."""
+    values, vectors = np.linalg.eigh(sigma)
+    return vectors @ np.diag(values**-0.5) @ vectors.T
+
+
+def root_by_newton(sigma):
+    trace = np.trace(sigma)
+    p = np.eye(len(sigma))
+    for _ in range(5):
+        p = 0.5 * (3 * p - p @ p @ p @ sigma / trace)
+    return p / np.sqrt(trace)
+
+
+def reference(root):
+    def whiten(params, state, x, mask, train):
+        values = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        mean, matrices = state["mean"], state["whitening"]
+        if train:
+            mean = values.mean(0)
+            groups = np.split((values - mean).T, x.shape[-1] // SIZE)
+            sigmas = [g @ g.T / g.shape[1] + 1e-5 * np.eye(SIZE) for g in groups]
+            matrices = np.stack([root(sigma) for sigma in sigmas])
+            state = {
+                "mean": 0.9 * state["mean"] + 0.1 * mean,
+                "whitening": 0.9 * state["whitening"] + 0.1 * matrices,
+            }
+        grouped = (x - mean).reshape(*x.shape[:-1], -1, SIZE)
+        y = np.einsum("...gj,gij->...gi", grouped, matrices).reshape(x.shape)
+        return y * params["scale"] + params["bias"], state
+
+    return whiten
+
+
+CASES = {
+    "decorrelated": (DecorrelatedBatchNorm(group_size=SIZE), reference(root_by_power)),
+    "iterative": (IterativeNorm(group_size=SIZE), reference(root_by_newton)),
+}
+EACH = pytest.mark.parametrize("name", list(CASES))
+BOTH = pytest.mark.parametrize("cls", [DecorrelatedBatchNorm, IterativeNorm])
+
+
+@EACH
+@pytest.mark.parametrize("mask", [None, some_mask()], ids=["whole", "masked"])
+def test_it_follows_the_paper_in_value_gradient_and_three_updates(name, mask):
+    assert_follows(*CASES[name], mask=mask)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_follows_the_paper_in_short_formats(name, dtype):
+    assert_follows_in(dtype, *CASES[name])
+
+
+def apply(module, x, mutable=("batch_stats",), **kwargs):
+    x = jnp.asarray(x, jnp.float32)
+    variables = module.init(jax.random.key(0), x, train=True)
+    return module.apply(variables, x, train=True, mutable=list(mutable), **kwargs)
+
+
+def covariance(y):
+    return np.cov(np.asarray(y, np.float64).reshape(-1, y.shape[-1]).T, bias=True)
+
+
+def converged(cls, **fields):
+    return cls(**fields, **({"num_iterations": 12} if cls is IterativeNorm else {}))
+
+
+@BOTH
+def test_outputs_of_a_group_are_uncorrelated_and_those_of_two_groups_are_not(cls):
+    x = batches()[0] @ (np.eye(4) + 0.4)
+    np.testing.assert_allclose(covariance(apply(converged(cls), x)[0]), np.eye(4), atol=0.02)
+    pairs = covariance(apply(converged(cls, group_size=2), x)[0])
+    np.testing.assert_allclose(pairs[:2, :2], np.eye(2), atol=0.02)
+    assert np.abs(pairs[:2, 2:]).max() > 0.1
+
+
+@BOTH
+def test_one_channel_a_group_is_batch_normalization(cls):
+    x = batches()[0] @ (np.eye(4) + 0.4)
+    batch, _ = apply(BatchNorm(), x)
+    np.testing.assert_allclose(apply(cls(group_size=1), x)[0], batch, atol=2e-5)
+    assert np.abs(apply(cls(group_size=2), x)[0] - batch).max() > 0.1
+
+
+def test_many_iterations_are_the_exact_root_and_one_is_not():
+    x = batches()[0] @ (np.eye(4) + 0.4)
+    exact = apply(DecorrelatedBatchNorm(), x)[0]
+    np.testing.assert_allclose(apply(IterativeNorm(num_iterations=12), x)[0], exact, atol=1e-3)
+    assert np.abs(apply(IterativeNorm(num_iterations=1), x)[0] - exact).max() > 0.1
+
+
+def test_whitening_by_hand():
+    # Σ = [[5, 4], [4, 5]]: λ = 9 and 1 along (1, 1) and (1, −1), so W = [[2, −1], [−1, 2]]/3.
+    x = [[3.0, 3.0], [-3.0, -3.0], [1.0, -1.0], [-1.0, 1.0]]
+    y, _ = apply(DecorrelatedBatchNorm(epsilon=1e-12), x)
+    np.testing.assert_allclose(y, np.sign(x), atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_the_covariance_keeps_its_digits_where_the_mean_is_large(cls, mean):
+    x = np.float32(np.random.default_rng(0).normal(size=(64, 4, 4, 4)) + mean)
+    own, _ = apply(converged(cls), x)
+    np.testing.assert_allclose(covariance(own), np.eye(4), atol=0.01)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4), (2, 4), (3, 16), (1, 2, 2, 4)], ids=str)
+def test_few_or_equal_values_give_no_nan_in_output_state_and_gradient(cls, shape):
+    """More channels than examples leave the covariance singular; ε keeps the root finite."""
+    for x in (np.random.default_rng(0).normal(size=shape), np.full(shape, 3.0), np.zeros(shape)):
+        variables = cls().init(jax.random.key(0), jnp.asarray(x, jnp.float32), train=True)
+
+        def loss(x, variables=variables):
+            y, state = cls().apply(variables, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, state)
+
+        values = jax.grad(loss, has_aux=True)(jnp.asarray(x, jnp.float32))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values))
+
+
+def test_the_root_has_finite_derivatives_at_equal_eigenvalues():
+    """d(4I)^(−1/2) along E is −E/(2·4^(3/2)) = −E/16."""
+    direction = jnp.asarray([[1.0, 2.0, 0.0], [2.0, -1.0, 0.5], [0.0, 0.5, 3.0]])
+    _, slope = jax.jvp(lambda a: inverse_root(a, 1e-5), (4 * jnp.eye(3),), (direction,))
+    np.testing.assert_allclose(slope, -direction / 16, atol=1e-6)
+    with jax.enable_x64(True):
+        # Two equal eigenvalues of three, in axes of their own.
+        turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+        matrix = jnp.asarray(turn @ np.diag([2.0, 2.0, 5.0]) @ turn.T)
+
+        def of_symmetric(a):
+            return inverse_root((a + a.T) / 2, 1e-9)
+
+        check_grads(of_symmetric, (matrix,), order=1, modes=("fwd", "rev"))
+
+
+def test_group_sizes_that_do_not_divide_are_refused_or_settled():
+    assert DecorrelatedBatchNorm(group_size=16).size_of(6) == 6
+    assert DecorrelatedBatchNorm(group_size=4, strict=False).size_of(6) == 3
+    note = DecorrelatedBatchNorm(group_size=4, strict=False).note(6)
+    assert note == "group_size 4 does not divide 6 channels: groups of 3"
+    assert DecorrelatedBatchNorm(group_size=16).note(6) == ""
+    with pytest.raises(ValueError, match="group_size 4 does not divide 6 channels"):
+        DecorrelatedBatchNorm(group_size=4).size_of(6)
+
+
+def test_moments_of_two_batches_merge_to_those_of_their_union():
+    module, (one, two, _) = DecorrelatedBatchNorm(group_size=2), batches()
+    collections = ("batch_stats", "batch_moments")
+    parts = [
+        apply(module, x, collections)[1]["batch_moments"]["moments"]
+        for x in (one, two[:2], np.concatenate([one, two[:2]]))
+    ]
+    merged = merge_moments(parts[0], parts[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged, parts[2])
+    # Not the mean of covariances: the spread of the two means is missing from it.
+    mean = (4 * parts[0].covariance + 2 * parts[1].covariance) / 6
+    assert np.abs(mean - parts[2].covariance).max() > 0.01
+
+
+@BOTH
+def test_over_an_axis_of_devices_it_is_the_whole_batch(cls):
+    x = jnp.asarray(batches()[0])
+    whole, state = apply(cls(), x)
+    variables = cls().init(jax.random.key(0), x, train=True)
+    shared = cls(axis_name="devices")
+
+    def on_device(x):
+        return shared.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    y, states = jax.vmap(on_device, axis_name="devices")(x.reshape(2, 2, *x.shape[1:]))
+    np.testing.assert_allclose(y.reshape(x.shape), whole, atol=2e-4)
+    for name, value in state["batch_stats"].items():
+        np.testing.assert_allclose(states["batch_stats"][name][1], value, atol=1e-4)
+
+
+@BOTH
+def test_ghost_groups_are_whitened_apart_and_averaged_with_equal_weight(cls):
+    x = batches()[0]
+    ghost, state = apply(cls(stats_scope="ghost", ghost_size=2), x)
+    halves = [apply(cls(), x[:2]), apply(cls(), x[2:])]
+    np.testing.assert_allclose(ghost, np.concatenate([y for y, _ in halves]), atol=2e-4)
+    mean = sum(half["batch_stats"]["whitening"] for _, half in halves) / 2
+    np.testing.assert_allclose(state["batch_stats"]["whitening"], mean, atol=1e-4)
