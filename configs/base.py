@@ -42,11 +42,8 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.model = section(model, _choose("model", model, MODELS), leave_out=INJECTED)
     config.norm = section(norm, _choose("norm", norm, NORMS), leave_out=FACTORY_FIELDS)
     config.conv = section(conv, _choose("conv", conv, CONVS))
-    if norm == "batch_renorm":
-        # The paper ramps between 5k, 25k and 40k of some 160k steps; a short run does so in scale.
-        add_duration(config, "norm.ramp_start", fraction=5 / 160)  # r = 1, d = 0 until here
-        add_duration(config, "norm.d_ramp_end", fraction=25 / 160)  # d_max reaches its value here
-        add_duration(config, "norm.r_ramp_end", fraction=40 / 160)  # r_max reaches its value here
+    for stem, part in NORMS[norm].fractions.items():
+        add_duration(config, f"norm.{stem}", fraction=part)
     config.norm_overrides = ()  # pattern=kind of layers that differ, e.g. norm_stem=none
 
     config.batch_stats = ConfigDict()

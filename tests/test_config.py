@@ -220,6 +220,15 @@ def test_renorms_ramps_are_durations_that_fit_a_short_run():
     ]
 
 
+def test_power_norms_warmup_is_a_part_of_the_run_and_can_be_said_in_any_unit():
+    config = load_config("configs/digits.py:norm=power_norm")
+    # 10k of 300k steps; of 330 steps 11.
+    assert RunLength.of(config).steps(config.norm, "warmup") == 11
+    asked = {"norm.warmup_fraction": None, "norm.warmup_steps": 7}
+    config = load_config("configs/digits.py:norm=power_norm", asked)
+    assert RunLength.of(config).steps(config.norm, "warmup") == 7
+
+
 # Saving and identity
 
 

@@ -21,6 +21,14 @@ class NormLayer:
     note: str  # where it departs from what the config says; "" else
 
 
+def measures(model: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
+    """Returns the names layer/measure of what the normalizers measure at each training step."""
+    if not model.norm.measures:
+        return []
+    layers = norm_layers(model, image_shape)
+    return [f"{layer.path}/{name}" for layer in layers for name in NORMS[layer.kind].measures]
+
+
 def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLayer]:
     """Returns the normalizers in the order in which an image [H, W, C] meets them."""
     kinds: dict[type[nn.Module], str] = {cls: name for name, cls in NORMS.items()}

@@ -4,6 +4,8 @@ Derf(x) = γ erf(αx + s) + β with learned scalars α and s and γ, β per chan
 dynamic tanh. The official code starts at α = 0.5, s = 0, as here; erf is taken in float32 at least.
 """
 
+from typing import ClassVar
+
 from flax import linen as nn
 from jax import Array
 from jax.scipy.special import erf
@@ -27,6 +29,8 @@ class Derf(Normalizer):
     param_dtype: DTypeLike = "float32"  # of the parameters
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
+
+    replaces_bias: ClassVar[bool] = False  # an offset behind the bend moves no threshold
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -8,6 +8,8 @@ The official code starts α at 0.5, as here; for language models the paper scale
 place, hence the field. tanh is taken in float32 at least.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -31,6 +33,8 @@ class DynamicTanh(Normalizer):
     param_dtype: DTypeLike = "float32"  # of the parameters
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
+
+    replaces_bias: ClassVar[bool] = False  # an offset behind the bend moves no threshold
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

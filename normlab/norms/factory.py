@@ -83,10 +83,14 @@ class NormFactory:
 
     @property
     def has_bias(self) -> bool:
-        """True if every normalizer adds an offset: a linear layer before it needs none."""
-        return bool(getattr(self.module, "use_bias", False)) and all(
-            other.has_bias for _, other in self.overrides
-        )
+        """True if each normalizer has an offset that stands in for that of the layer before it."""
+        own = self.cls.replaces_bias and bool(getattr(self.module, "use_bias", False))
+        return own and all(other.has_bias for _, other in self.overrides)
+
+    @property
+    def measures(self) -> bool:
+        """True if a normalizer measures something at each training step."""
+        return bool(self.cls.measures) or any(other.measures for _, other in self.overrides)
 
     @property
     def stateful(self) -> bool:
@@ -115,7 +119,8 @@ def make_factory(
 ) -> NormFactory:
     """Returns the factory for `config.norm` (kind and fields) and `config.batch_stats` (scope).
 
-    `overrides`: (pattern, class) of the normalizers that differ, with the fields' class defaults.
+    `overrides`: (pattern, class) of the normalizers that differ, with the fields' class defaults
+    and, of durations, the class's fractions of the run.
     `run_length.steps(section, stem, section_name)` turns a duration into steps. Raises ValueError,
     one line, for a scope that does not exist or a ghost size that does not divide
     `config.train.batch_size`.
@@ -139,7 +144,11 @@ def make_factory(
             settled |= _scope_fields(config, num_devices, axis_name)
         return NormFactory(cls, FrozenDict(fields | settled))
 
-    others = tuple((pattern, factory(other, {})) for pattern, other in overrides)
+    def durations(cls: type[Normalizer]) -> dict[str, int]:
+        parts = cls.fractions.items()
+        return {f"{stem}_steps": round(part * run_length.num_steps) for stem, part in parts}
+
+    others = tuple((pattern, factory(other, durations(other))) for pattern, other in overrides)
     return dataclasses.replace(factory(cls, fields), overrides=others)
 
 

@@ -1,6 +1,6 @@
 """What all normalizers share: the contract, and how `scale`, `bias` and dtypes are declared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -25,6 +25,13 @@ class Normalizer(nn.Module):
     replaces_activation: ClassVar[bool] = False
     """True if the class has a field `activation`: that of the model, which it takes over, or None
     where the model has none. Only `NormFactory` sets it."""
+    replaces_bias: ClassVar[bool] = True
+    """True if its offset stands in for that of the linear layer before it."""
+    measures: ClassVar[tuple[str, ...]] = ()
+    """What it leaves in the collection `measures` at each training step: see `measure`."""
+    fractions: ClassVar[Mapping[str, float]] = {}
+    """Durations among its fields that start, in a config, as a part of the run: {"warmup": 0.1} for
+    `warmup_steps`. Those of a paper's long run would never end in a short one."""
 
     def note(self, channels: int) -> str:
         """Returns where it departs from its fields for this many channels; "" if nowhere."""
@@ -53,6 +60,16 @@ def note_nonfinite(module: nn.Module, finite: Array) -> None:
         # One bad statistic of several is enough.
         start = partial(jnp.zeros, (), bool)
         module.sow("nonfinite", "statistics", ~finite, init_fn=start, reduce_fn=jnp.logical_or)
+
+
+def measure(module: nn.Module, **values: Array) -> None:
+    """Leaves numbers [] about a training step in the collection `measures`, if asked for.
+
+    Their means over steps are in the run's log. Their names are the class's `measures`.
+    """
+    if module.is_mutable_collection("measures") and not module.is_initializing():
+        for name, value in values.items():
+            module.sow("measures", name, value, reduce_fn=lambda _, new: new)
 
 
 def output_dtype(module: nn.Module, x: Array) -> DTypeLike:

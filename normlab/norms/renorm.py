@@ -11,8 +11,11 @@ Notes:
 * r_max and d_max ramp with the number of updates: 1 and 0 up to `ramp_start_steps`, then linearly
   to their values. The defaults are the paper's, for runs of some 160k steps.
 * The paper averages with weight 0.01 for the new value: `momentum=0.99`.
+* Measured at each training step, as means over groups and channels: r, |d|, and `clipped`, the part
+  of all r and d that lay outside their limits. While r_max = 1 and d_max = 0 that is all of them.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -23,7 +26,13 @@ from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, affine, normalize, statistics_dtype
 from normlab.norms.groups import gathers_moments, group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    Initializer,
+    Normalizer,
+    measure,
+    output_dtype,
+    scale_and_bias,
+)
 
 
 class BatchRenorm(Normalizer):
@@ -51,6 +60,12 @@ class BatchRenorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("r", "d", "clipped")
+    fractions: ClassVar[Mapping[str, float]] = {
+        "ramp_start": 5 / 160,
+        "d_ramp_end": 25 / 160,
+        "r_ramp_end": 40 / 160,
+    }
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
@@ -77,9 +92,11 @@ class BatchRenorm(Normalizer):
         group_sigma = batch.unless_empty(new["sigma"], sigma.value)
         # Moments gathered for a new state must not be those under the state that they replace.
         r_max, d_max = (1, 0) if gathers_moments(self) else self.limits(step.value)
-        r = jnp.clip(group_sigma / sigma.value, 1 / r_max, r_max)
-        d = jnp.clip((group_mean - mean.value) / sigma.value, -d_max, d_max)
+        wanted_r, wanted_d = group_sigma / sigma.value, (group_mean - mean.value) / sigma.value
+        r, d = jnp.clip(wanted_r, 1 / r_max, r_max), jnp.clip(wanted_d, -d_max, d_max)
         r, d = jax.lax.stop_gradient((r, d))
+        clipped = jnp.mean(jnp.stack([r != wanted_r, d != wanted_d]))
+        measure(self, r=jnp.mean(r), d=jnp.mean(jnp.abs(d)), clipped=clipped)
         offset = affine(d, scale, bias)
         y = normalize(batch.values, group_mean, r / group_sigma, scale, offset, batch.shift)
 

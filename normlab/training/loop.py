@@ -229,7 +229,10 @@ class _Run:
                 "nonfinite": int(totals.nonfinite),
             }
         )
-        zeros = parallel.replicate(Totals.zeros(), self.mesh)
+        if accepted and totals.measures:
+            means = {name: float(total) / accepted for name, total in totals.measures.items()}
+            self._log({"step": self.step, "split": "layers", **means})
+        zeros = parallel.replicate(Totals.zeros(totals.measures), self.mesh)
         self.state = self.state.replace(totals=zeros)
 
     def _log(self, line: Mapping[str, Any]) -> None:

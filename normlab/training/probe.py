@@ -2,7 +2,8 @@
 activation behind it, over the test set. Ioffe & Szegedy 2015 (arXiv:1502.03167), figure 1 (b, c).
 
 Measured as the network would be used, with running statistics; the paper does not say on which
-images its percentiles are.
+images its percentiles are. Of a normalizer that takes the activation's place (EvoNorm, filter
+response and proxy normalization) they are behind the activation.
 """
 
 from typing import Any

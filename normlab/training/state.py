@@ -1,6 +1,7 @@
 """The train state: everything that a step reads and writes, and that a checkpoint holds."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from normlab.models.layers import measures
 from normlab.training.parallel import Compiler, seed_array
 from normlab.training.setup import Parts
 
@@ -22,9 +24,10 @@ class Totals(struct.PyTreeNode):
     correct: Array  # int32, training examples classified correctly
     gradient_norm: Array  # float32, sum of the global L2 norms of the gradients
     nonfinite: Array  # int32, steps passed over because something was not finite
+    measures: dict[str, Array]  # float32, sums of what normalizers measure: layer/measure
 
     @classmethod
-    def zeros(cls) -> "Totals":
+    def zeros(cls, measures: Iterable[str] = ()) -> "Totals":
         """Returns sums over no steps, each an array of its own: a donated one must not be two."""
         return cls(
             steps=jnp.zeros((), jnp.int32),
@@ -32,6 +35,7 @@ class Totals(struct.PyTreeNode):
             correct=jnp.zeros((), jnp.int32),
             gradient_norm=jnp.zeros((), jnp.float32),
             nonfinite=jnp.zeros((), jnp.int32),
+            measures={name: jnp.zeros((), jnp.float32) for name in measures},
         )
 
 
@@ -91,7 +95,7 @@ def initial_state(parts: Parts, seed: Array) -> TrainState:
         batch_stats=batch_stats,
         opt_state=parts.direction.init(params),
         ema={"params": params, "batch_stats": batch_stats} if with_ema else None,
-        totals=Totals.zeros(),
+        totals=Totals.zeros(measures(parts.model, parts.info.image_shape)),
         health=Health.good(),
     )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from normlab.norms import join_state, split_state
@@ -28,16 +29,18 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array
 
 
 def make_loss(model: nn.Module, label_smoothing: float = 0.0) -> Callable[..., tuple[Array, Any]]:
-    """Returns `loss(params, batch_stats, batch) -> (mean loss, (correct, batch_stats, sound))`.
+    """Returns `loss(params, batch_stats, batch) -> (mean loss, (correct, batch_stats, sound,
+    measures))`.
 
-    `correct`: int32, examples classified correctly; `sound`: bool, the new statistics are finite.
+    `correct`: int32, examples classified correctly; `sound`: bool, the new statistics are finite;
+    `measures`: what normalizers measured, by layer/measure.
     """
 
     def loss(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Any]:
         images, labels = batch
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updated = model.apply(
-            variables, images, train=True, mutable=["batch_stats", "nonfinite"]
+            variables, images, train=True, mutable=["batch_stats", "nonfinite", "measures"]
         )
         mean = jnp.mean(cross_entropy(logits, labels, label_smoothing))
         correct = jnp.sum(jnp.argmax(logits, -1) == labels)
@@ -45,7 +48,9 @@ def make_loss(model: nn.Module, label_smoothing: float = 0.0) -> Callable[..., t
         # A normalizer keeps its state from a statistic that is not finite, and says so.
         kept = jax.tree.leaves(updated.get("nonfinite", {}))
         sound = _all_finite(new_stats) & ~jnp.any(jnp.array(kept, bool))
-        return mean, (correct.astype(jnp.int32), new_stats, sound)
+        measured = flatten_dict(updated.get("measures", {}), sep="/")
+        measures = {name: jnp.mean(value) for name, value in measured.items()}
+        return mean, (correct.astype(jnp.int32), new_stats, sound, measures)
 
     return loss
 
@@ -75,7 +80,7 @@ def make_train_step(
     gradient_of = jax.value_and_grad(split_loss, argnums=(0, 1), has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        (loss, (correct, batch_stats, sound)), (gradient, backward) = gradient_of(
+        (loss, (correct, batch_stats, sound, measures)), (gradient, backward) = gradient_of(
             state.params, *split_state(state.batch_stats), batch
         )
         batch_stats, sound = join_state(batch_stats, backward), sound & _all_finite(backward)
@@ -92,14 +97,21 @@ def make_train_step(
         )
         state_after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate, state)
         totals = state.totals
+
+        def add(total: Array, value: Array) -> Array:
+            return total + jnp.where(accepted, value, 0.0)
+
         return state_after.replace(
             step=state.step + ~state.health.diverged,
             totals=Totals(
                 steps=totals.steps + accepted,
-                loss=totals.loss + jnp.where(accepted, loss, 0.0),
+                loss=add(totals.loss, loss),
                 correct=totals.correct + jnp.where(accepted, correct, 0),
-                gradient_norm=totals.gradient_norm + jnp.where(accepted, gradient_norm, 0.0),
+                gradient_norm=add(totals.gradient_norm, gradient_norm),
                 nonfinite=totals.nonfinite + (~accepted & ~state.health.diverged),
+                measures={
+                    name: add(total, measures[name]) for name, total in totals.measures.items()
+                },
             ),
             health=_judge(state.health, jnp.stack(finite), state.step + 1, max_nonfinite),
         )

@@ -12,6 +12,7 @@ from normlab.errors import UserError
 from normlab.models import build
 from normlab.models.layers import norm_layers
 from normlab.norms import FilterResponseNorm, Identity, NormFactory
+from normlab.run_length import RunLength
 from normlab.training.evaluate import Evaluator
 from normlab.training.examples import load_data
 from normlab.training.parallel import Compiler, make_mesh
@@ -97,6 +98,30 @@ def test_fields_are_the_defaults_of_the_overriding_class_and_the_scope_is_the_ru
     assert stem.module.momentum == 0.9
     assert stem.module.stats_scope == "device"
     assert factory.at("stage1_block1/norm1") is factory
+
+
+def test_durations_of_an_overriding_class_are_parts_of_the_run():
+    """Or renormalization in one layer would stay plain through a run of less than 5,000 steps."""
+    config = config_of("norm_stem=batch_renorm", norm="none")
+    steps = RunLength.of(config).num_steps
+    found = build(config).norm.at("norm_stem").module
+    assert found.ramp_start_steps == round(5 / 160 * steps)
+    assert found.r_ramp_end_steps == round(40 / 160 * steps)
+
+
+@pytest.mark.parametrize("kind", ["dyt", "derf"])
+def test_an_offset_behind_a_bend_leaves_the_layer_before_it_its_own(kind):
+    """tanh(αx) + β is no tanh(α(x + b)): the place of the bend is b's alone."""
+    params = {
+        norm: jax.eval_shape(
+            lambda norm=norm: build(config_of("", norm=norm)).init(
+                jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False
+            )["params"]
+        )
+        for norm in (kind, "batch_norm")
+    }
+    assert set(params[kind]["conv_stem"]) == {"kernel", "bias"}
+    assert set(params["batch_norm"]["conv_stem"]) == {"kernel"}
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,24 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(f
     assert (other / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
+def test_what_renormalization_does_is_logged_by_layer(tmp_path):
+    ramps = {"norm.ramp_start_fraction": 0.5, "norm.d_ramp_end_fraction": 0.5}
+    train(small("batch_renorm", **ramps, norm__r_ramp_end_fraction=0.5), tmp_path / "run")
+    first, second, last = (line for line in lines(tmp_path / "run") if line["split"] == "layers")
+    names = {f"{layer}/{name}" for layer in ("norm1", "norm2") for name in ("r", "d", "clipped")}
+    assert set(first) == {"step", "split"} | names
+    # Steps 1 to 5 are plain batch normalization: r = 1, d = 0, and all that is wanted is cut off.
+    assert (first["norm1/r"], first["norm1/d"], first["norm1/clipped"]) == (1, 0, 1)
+    # From the seventh on the limits are 3 and 5.
+    assert second["norm1/r"] != 1
+    assert 0 < last["norm1/d"] < 5
+    assert last["norm1/clipped"] < 0.5
+
+
+def test_a_normalizer_that_measures_nothing_logs_no_layers(finished):
+    assert {line["split"] for line in lines(finished[0])} == {"train", "test"}
+
+
 # Pairing
 
 
