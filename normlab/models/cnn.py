@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from normlab.errors import UserError
 from normlab.models.activations import relu
-from normlab.models.conv import StandardConv
+from normlab.models.conv import StandardConv, linear_norm
 from normlab.norms import NormFactory
 
 
@@ -43,6 +43,6 @@ class CNN(nn.Module):
                 name=f"conv{i}",
             )
             act = self.norm.norm_act(name=f"norm{i}", activation=self.activation)
-            x = act(layer(x), train=train, mask=mask)
+            x = linear_norm(layer, act, x, train=train, mask=mask)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.conv.head(self.num_classes, name="head")(x)

@@ -8,7 +8,7 @@ product (jaxlib 0.10.2).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab.errors import unknown
+from normlab.norms import LayerBefore, NormAct, Normalizer
 
 FILTER_GRADIENTS = ("auto", "whole", "split")
 
@@ -86,6 +87,30 @@ class StandardConv:
         if self.filter_gradient == "split" or (self.filter_gradient == "auto" and single_cpu):
             return conv_with_split_gradient
         return lax.conv_general_dilated
+
+
+def linear_norm(
+    layer: nn.Module,
+    norm: Normalizer | NormAct,
+    x: Array,
+    *,
+    train: bool,
+    mask: Array | None = None,
+) -> Array:
+    """Returns norm(layer(x)): x [N, ..., C] -> [N, ..., features].
+
+    A normalizer that needs the layer before it is handed it, as a function of its kernel.
+    """
+    y = layer(x)
+    if not norm.needs_layer:
+        return norm(y, train=train, mask=mask)
+    x, params = lax.stop_gradient((x, layer.variables["params"]))
+    alone = layer.clone(parent=None)
+
+    def output(kernel: Array) -> Array:
+        return cast(Array, alone.apply({"params": {**params, "kernel": kernel}}, x))
+
+    return norm(y, train=train, mask=mask, layer=LayerBefore(params["kernel"], output))
 
 
 _PIECE_BYTES, _MAX_PIECES = 256 * 1024, 16

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.models.conv import StandardConv
+from normlab.models.conv import StandardConv, linear_norm
 from normlab.norms import NormFactory
 
 
@@ -27,18 +27,18 @@ class LeNet5(nn.Module):
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, H, W, C], at least 16×16, mask [N] -> logits float32 [N, num_classes]."""
 
-        def norm_act(x: Array, number: int) -> Array:
+        def norm_act(layer: nn.Module, x: Array, number: int) -> Array:
             act = self.norm.norm_act(name=f"norm{number}", activation=self.activation)
-            return act(x, train=train, mask=mask)
+            return linear_norm(layer, act, x, train=train, mask=mask)
 
         x = x.astype(self.dtype)
         for i, features in enumerate((6, 16), 1):
             layer = self.conv.conv(
                 features, 5, padding=0, use_bias=True, dtype=self.dtype, name=f"conv{i}"
             )
-            x = nn.avg_pool(norm_act(layer(x), i), (2, 2), strides=(2, 2))
+            x = nn.avg_pool(norm_act(layer, x, i), (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate((120, 84), 1):
             layer = self.conv.dense(width, dtype=self.dtype, name=f"dense{i}")
-            x = norm_act(layer(x), i + 2)
+            x = norm_act(layer, x, i + 2)
         return self.conv.head(self.num_classes, name="head")(x)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.models.conv import StandardConv
+from normlab.models.conv import StandardConv, linear_norm
 from normlab.norms import NormFactory
 
 
@@ -31,5 +31,5 @@ class MLP(nn.Module):
                 width, use_bias=not self.norm.has_bias, dtype=self.dtype, name=f"dense{i}"
             )
             act = self.norm.norm_act(name=f"norm{i}", activation=self.activation)
-            x = act(layer(x), train=train, mask=mask)
+            x = linear_norm(layer, act, x, train=train, mask=mask)
         return self.conv.head(self.num_classes, name="head")(x)

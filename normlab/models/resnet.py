@@ -15,9 +15,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.models.activations import relu
-from normlab.models.conv import StandardConv
+from normlab.models.conv import StandardConv, linear_norm
 from normlab.models.resnet_cifar import BasicBlock
-from normlab.norms import NormFactory
+from normlab.norms import NormAct, Normalizer, NormFactory
 
 
 class BottleneckBlock(nn.Module):
@@ -42,18 +42,19 @@ class BottleneckBlock(nn.Module):
                 features, size, strides=strides, use_bias=use_bias, dtype=self.dtype, name=name
             )
 
-        def norm_act(x: Array, name: str) -> Array:
-            act = self.norm.norm_act(name=name, activation=self.activation)
-            return act(x, train=train, mask=mask)
+        def after(layer: nn.Module, norm: Normalizer | NormAct, x: Array) -> Array:
+            return linear_norm(layer, norm, x, train=train, mask=mask)
 
-        x = norm_act(conv(self.features, 1, 1, "conv1")(x), "norm1")
-        x = norm_act(conv(self.features, 3, self.strides, "conv2")(x), "norm2")
-        x = conv(4 * self.features, 1, 1, "conv3")(x)
+        act1 = self.norm.norm_act(name="norm1", activation=self.activation)
+        x = after(conv(self.features, 1, 1, "conv1"), act1, x)
+        act2 = self.norm.norm_act(name="norm2", activation=self.activation)
+        x = after(conv(self.features, 3, self.strides, "conv2"), act2, x)
         last = nn.initializers.zeros if self.zero_init_scale else None
-        x = self.norm(name="norm3", scale_init=last)(x, train=train, mask=mask)
+        norm3 = self.norm(name="norm3", scale_init=last)
+        x = after(conv(4 * self.features, 1, 1, "conv3"), norm3, x)
         if residual.shape != x.shape:
-            residual = conv(4 * self.features, 1, self.strides, "conv_shortcut")(residual)
-            residual = self.norm(name="norm_shortcut")(residual, train=train, mask=mask)
+            shortcut = conv(4 * self.features, 1, self.strides, "conv_shortcut")
+            residual = after(shortcut, self.norm(name="norm_shortcut"), residual)
         return self.activation(residual + x)
 
 
@@ -83,7 +84,7 @@ class ResNet18(nn.Module):
             name="conv_stem",
         )
         act = self.norm.norm_act(name="norm_stem", activation=self.activation)
-        x = act(stem(x.astype(self.dtype)), train=train, mask=mask)
+        x = linear_norm(stem, act, x.astype(self.dtype), train=train, mask=mask)
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.stage_sizes):
             for block in range(blocks):

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 
 from normlab.errors import UserError
 from normlab.models.activations import relu
-from normlab.models.conv import StandardConv
-from normlab.norms import NormFactory
+from normlab.models.conv import StandardConv, linear_norm
+from normlab.norms import NormAct, Normalizer, NormFactory
 
 
 class BasicBlock(nn.Module):
@@ -44,18 +44,19 @@ class BasicBlock(nn.Module):
                 self.features, size, strides=strides, use_bias=use_bias, dtype=self.dtype, name=name
             )
 
+        def after(layer: nn.Module, norm: Normalizer | NormAct, x: Array) -> Array:
+            return linear_norm(layer, norm, x, train=train, mask=mask)
+
         act = self.norm.norm_act(name="norm1", activation=self.activation)
-        x = act(conv(3, self.strides, "conv1")(x), train=train, mask=mask)
+        x = after(conv(3, self.strides, "conv1"), act, x)
         last = nn.initializers.zeros if self.zero_init_scale else None
-        x = conv(3, 1, "conv2")(x)
-        x = self.norm(name="norm2", scale_init=last)(x, train=train, mask=mask)
+        x = after(conv(3, 1, "conv2"), self.norm(name="norm2", scale_init=last), x)
         if residual.shape != x.shape:
             if self.shortcut == "A":
                 residual = pad_channels(residual[:, :: self.strides, :: self.strides], x.shape[-1])
             else:
-                residual = conv(1, self.strides, "conv_shortcut")(residual)
-                norm = self.norm(name="norm_shortcut")
-                residual = norm(residual, train=train, mask=mask)
+                shortcut = conv(1, self.strides, "conv_shortcut")
+                residual = after(shortcut, self.norm(name="norm_shortcut"), residual)
         return self.activation(residual + x)
 
 
@@ -86,7 +87,7 @@ class ResNet20(nn.Module):
             self.width, 3, use_bias=not self.norm.has_bias, dtype=self.dtype, name="conv_stem"
         )
         act = self.norm.norm_act(name="norm_stem", activation=self.activation)
-        x = act(stem(x.astype(self.dtype)), train=train, mask=mask)
+        x = linear_norm(stem, act, x.astype(self.dtype), train=train, mask=mask)
         for stage, blocks in enumerate(self.stage_sizes):
             for block in range(blocks):
                 x = BasicBlock(

@@ -11,12 +11,13 @@ from normlab.norms.backward import join_state, split_state
 from normlab.norms.batch import BatchNorm
 from normlab.norms.batch_group import BatchGroupNorm
 from normlab.norms.batch_layer import BatchLayerNorm
+from normlab.norms.cross_iteration_batch import CrossIterationBatchNorm
 from normlab.norms.decorrelated import DecorrelatedBatchNorm
 from normlab.norms.derf import Derf
 from normlab.norms.dyt import DynamicTanh
 from normlab.norms.evonorm_b0 import EvoNormB0
 from normlab.norms.evonorm_s0 import EvoNormS0
-from normlab.norms.factory import FACTORY_FIELDS, NormFactory, make_factory
+from normlab.norms.factory import FACTORY_FIELDS, NormAct, NormFactory, make_factory
 from normlab.norms.filter_response import FilterResponseNorm
 from normlab.norms.full import FullNorm
 from normlab.norms.functional import Moments
@@ -28,7 +29,7 @@ from normlab.norms.l1_batch import L1BatchNorm
 from normlab.norms.layer import LayerNorm
 from normlab.norms.mean_only import MeanOnlyBatchNorm
 from normlab.norms.moving_average_batch import MovingAverageBatchNorm
-from normlab.norms.normalizer import Normalizer
+from normlab.norms.normalizer import LayerBefore, Normalizer
 from normlab.norms.online import OnlineNorm
 from normlab.norms.power import PowerNorm
 from normlab.norms.proxy import ProxyNorm
@@ -44,6 +45,7 @@ NORMS: dict[str, type[Normalizer]] = {
     "mean_only_batch_norm": MeanOnlyBatchNorm,
     "batch_group_norm": BatchGroupNorm,
     "batch_layer_norm": BatchLayerNorm,
+    "cross_iteration_batch_norm": CrossIterationBatchNorm,
     "full_norm": FullNorm,
     "moving_average_batch_norm": MovingAverageBatchNorm,
     "online_norm": OnlineNorm,
@@ -98,6 +100,7 @@ __all__ = [
     "BatchLayerNorm",
     "BatchNorm",
     "BatchRenorm",
+    "CrossIterationBatchNorm",
     "DecorrelatedBatchNorm",
     "Derf",
     "DynamicTanh",
@@ -110,10 +113,12 @@ __all__ = [
     "InstanceNorm",
     "IterativeNorm",
     "L1BatchNorm",
+    "LayerBefore",
     "LayerNorm",
     "MeanOnlyBatchNorm",
     "Moments",
     "MovingAverageBatchNorm",
+    "NormAct",
     "NormFactory",
     "Normalizer",
     "OnlineNorm",

@@ -15,6 +15,11 @@ Departures, each a field:
   at inference E[x] and E[x²] are (1 − α)·running + α·the example's own. Their code
   averages second moments, so that the running variance includes the spread of batch means; here it
   is the average of batch variances, as in all of this module.
+* With α = 1/m this is the correction that EvalNorm is after (Singh & Shrivastava 2019,
+  arXiv:1904.06031, which learns its weights; their formula is unverified). An example at inference
+  is, in training, one of m whose statistics normalize it, and given that it is among them,
+  E[μ_B] = μ_x/m + (1 − 1/m) μ, and E[σ²_B] = (1 − α) V + α σ²_x + α(1 − α)(μ_x − μ)², V being the
+  average of batch variances over batches of m: exactly what α = 1/m blends.
 """
 
 from typing import ClassVar

@@ -1,7 +1,7 @@
 """From a config to a factory of normalizers: one model, any normalizer."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -62,19 +62,13 @@ class NormFactory:
         name: str,
         activation: Activation,
         scale_init: Initializer | None = None,
-    ) -> Callable[..., Array]:
+    ) -> "Normalizer | NormAct":
         """Returns a normalizer with its activation, called as `(x, train=..., mask=...)`.
 
         One that replaces the activation is handed it and does both.
         """
         norm = self._make(name, scale_init, activation)
-        if norm.replaces_activation:
-            return norm
-
-        def normalize_and_activate(x: Array, *, train: bool, mask: Array | None = None) -> Array:
-            return activation(norm(x, train=train, mask=mask))
-
-        return normalize_and_activate
+        return norm if norm.replaces_activation else NormAct(norm, activation)
 
     @property
     def module(self) -> Normalizer:
@@ -96,6 +90,23 @@ class NormFactory:
     def stateful(self) -> bool:
         """True if a normalizer keeps running statistics."""
         return self.cls.stateful or any(other.stateful for _, other in self.overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormAct:
+    """A normalizer and the activation behind it, called as the normalizer alone."""
+
+    norm: Normalizer
+    activation: Activation
+
+    @property
+    def needs_layer(self) -> bool:
+        """As the normalizer's."""
+        return self.norm.needs_layer
+
+    def __call__(self, x: Array, **call: Any) -> Array:
+        """Returns activation(norm(x, ...)), x [N, ..., C]."""
+        return self.activation(self.norm(x, **call))
 
 
 class _Place(nn.Module):

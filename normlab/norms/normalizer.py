@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,6 +11,13 @@ from jax.typing import DTypeLike
 
 Initializer = Callable[..., Array]
 Activation = Callable[[Array], Array]
+
+
+class LayerBefore(NamedTuple):
+    """The linear layer that a normalizer's input comes from, as a function of its kernel."""
+
+    kernel: Array  # [..., C]
+    output: Callable[[Array], Array]  # kernel -> x [N, ..., C], the normalizer's input
 
 
 class Normalizer(nn.Module):
@@ -25,6 +32,8 @@ class Normalizer(nn.Module):
     replaces_activation: ClassVar[bool] = False
     """True if the class has a field `activation`: that of the model, which it takes over, or None
     where the model has none. Only `NormFactory` sets it."""
+    needs_layer: ClassVar[bool] = False
+    """True if `__call__` takes `layer`, the linear layer before it, where there is one."""
     replaces_bias: ClassVar[bool] = True
     """True if its offset stands in for that of the linear layer before it."""
     measures: ClassVar[tuple[str, ...]] = ()

@@ -124,7 +124,10 @@ def test_an_overflowing_statistic_is_found_even_where_loss_and_gradient_are_fini
     after = step(state, (1e20 * images, labels))
     # Some of them make NaN of it, so that the loss is the first to tell; what normalizes by running
     # statistics hands it on, to the gradient of the layer before.
-    assert CULPRITS[int(after.health.culprit)] in ("statistic", "loss", "gradient")
+    first = {"statistic", "loss"} | (
+        {"gradient"} if norm in ("full_norm", "online_norm") else set()
+    )
+    assert CULPRITS[int(after.health.culprit)] in first
     assert int(after.totals.nonfinite) == 1
     assert same(after.params, state.params)
     assert same(after.batch_stats, state.batch_stats)
