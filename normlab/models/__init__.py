@@ -31,6 +31,7 @@ from normlab.models.resnet_cifar import (
 )
 from normlab.models.weight_space import (
     ScaledWeightStandardization,
+    WeightCentering,
     WeightNorm,
     WeightStandardization,
 )
@@ -58,6 +59,7 @@ MODELS: dict[str, type[nn.Module]] = {
 CONVS: dict[str, type[StandardConv]] = {
     "standard": StandardConv,
     "weight_norm": WeightNorm,
+    "weight_centering": WeightCentering,
     "weight_standardization": WeightStandardization,
     "scaled_weight_standardization": ScaledWeightStandardization,
 }

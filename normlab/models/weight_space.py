@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from normlab.models.conv import StandardConv, he_normal
 from normlab.norms.scaled_weight_standardization import scaled_standardized_weights
 from normlab.norms.weight_norm import data_dependent_start, normalized_weights, weight_norms
-from normlab.norms.weight_standardization import standardized_weights
+from normlab.norms.weight_standardization import centered_weights, standardized_weights
 
 START = "data_dependent_start"
 """The collection that asks a layer for the gain and bias that the batch at hand calls for."""
@@ -145,6 +145,18 @@ class WeightNorm(WeightSpaceConv):
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightCentering(WeightSpaceConv):
+    """Weights of mean 0 for each unit (Yan et al. 2020), for normalizers that center nothing."""
+
+    def weights(self, params: dict[str, Array]) -> Array:
+        """Returns W − μ."""
+        return centered_weights(params["kernel"])
+
+    def initial_gain(self, kernel: Array) -> None:
+        """Returns None: there is no gain."""
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightStandardization(WeightSpaceConv):
     """Weights of mean 0 and variance 1 for each unit (Qiao et al. 2019); a plain head."""
 
@@ -176,6 +188,15 @@ class ScaledWeightStandardization(WeightSpaceConv):
     def kernel_init(self) -> Callable[..., Array]:
         """N(0, 1/fan-in), as DeepMind's; it sets how far a step of the optimizer turns a kernel."""
         return FAN_IN
+
+
+DEFINITIONS: dict[type[WeightSpaceConv], Callable[..., Array]] = {
+    WeightNorm: normalized_weights,
+    WeightCentering: centered_weights,
+    WeightStandardization: standardized_weights,
+    ScaledWeightStandardization: scaled_standardized_weights,
+}
+"""The function of each method; the file that it stands in gives definition and source."""
 
 
 def weights_of(layer: nn.Module, params: dict[str, Array]) -> Array:

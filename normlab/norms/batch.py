@@ -39,7 +39,7 @@ from normlab.norms.functional import (
     unbiased,
 )
 from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class BatchNorm(Normalizer):
@@ -65,6 +65,12 @@ class BatchNorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W",
+        at_inference="running mean and variance",
+        passes=(3, 5),
+        equals=("instance_norm in training: ghost_size 1",),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -23,7 +23,7 @@ from normlab.norms.examples import weigh_example
 from normlab.norms.functional import Moments, normalize, pool_channels, statistics_dtype
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.groups import group_batch, moving_moments, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class BatchGroupNorm(Normalizer):
@@ -50,6 +50,16 @@ class BatchGroupNorm(Normalizer):
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W C/G",
+        at_inference="running mean and variance, pooled",
+        passes=(3, 5),
+        equals=(
+            "batch_norm in training: num_groups C",
+            "group_norm in training: ghost_size 1",
+            "layer_norm in training: num_groups 1 and ghost_size 1",
+        ),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -42,7 +42,7 @@ from normlab.norms.groups import (
     moving_averages,
     sow_moments,
 )
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 DELTA = 1e-4
 
@@ -74,6 +74,12 @@ class BatchLayerNorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N; C",
+        at_inference="running mean and variance; the same for C",
+        passes=(3, 5),
+        equals=("layer_norm over the channel, over √C: a batch of one",),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -42,6 +42,7 @@ from normlab.norms.groups import (
     sow_moments,
 )
 from normlab.norms.normalizer import (
+    Facts,
     Initializer,
     LayerBefore,
     Normalizer,
@@ -70,6 +71,15 @@ class CrossIterationBatchNorm(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W and past batches",
+        at_inference="running mean and variance",
+        passes=(3, 5),
+        equals=(
+            "batch_norm in training: window 1",
+            "batch_norm of all batches of the window: weights at rest",
+        ),
+    )
     needs_layer: ClassVar[bool] = True
     fractions: ClassVar[Mapping[str, float]] = {"burn_in": 0.03}
 

@@ -18,16 +18,25 @@ Notes:
 """
 
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from normlab.norms.normalizer import Facts
 from normlab.norms.whitening import Whitening, product
 
 
 class DecorrelatedBatchNorm(Whitening):
     """Whitens groups of channels over a group of examples, exactly (ZCA)."""
+
+    facts: ClassVar[Facts] = Facts(
+        over="N H W C/G",
+        at_inference="running mean and whitening matrix",
+        passes=(3, 5),
+        equals=("batch_norm in training: group_size 1",),
+    )
 
     def whitening(self, covariance: Array) -> Array:
         """Returns covariance^(−1/2), ε being in it: [..., D, D] -> [..., D, D]."""

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from normlab.norms.examples import prepare
 from normlab.norms.functional import affine, statistics_dtype
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class Derf(Normalizer):
@@ -31,6 +31,7 @@ class Derf(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     replaces_bias: ClassVar[bool] = False  # an offset behind the bend moves no threshold
+    facts: ClassVar[Facts] = Facts(passes=(2, 3))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

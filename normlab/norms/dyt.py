@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from normlab.norms.examples import prepare
 from normlab.norms.functional import affine, statistics_dtype
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class DynamicTanh(Normalizer):
@@ -35,6 +35,7 @@ class DynamicTanh(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     replaces_bias: ClassVar[bool] = False  # an offset behind the bend moves no threshold
+    facts: ClassVar[Facts] = Facts(passes=(2, 3))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -26,6 +26,7 @@ from normlab.norms.functional import Moments, affine, moments, statistics_dtype
 from normlab.norms.groups import group_batch, moving_averages, sow_moments, split
 from normlab.norms.normalizer import (
     Activation,
+    Facts,
     Initializer,
     Normalizer,
     note_nonfinite,
@@ -55,6 +56,9 @@ class EvoNormB0(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W; H W", at_inference="running variance for N H W", passes=(3, 5)
+    )
     replaces_activation: ClassVar[bool] = True
 
     @nn.compact

@@ -27,6 +27,7 @@ from normlab.norms.functional import affine, statistics_dtype
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.normalizer import (
     Activation,
+    Facts,
     Initializer,
     Normalizer,
     output_dtype,
@@ -52,6 +53,7 @@ class EvoNormS0(Normalizer):
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     replaces_activation: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(over="H W C/G", passes=(2, 3))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -26,6 +26,7 @@ from normlab.norms.examples import position_axes, prepare
 from normlab.norms.functional import affine, mean_square, statistics_dtype
 from normlab.norms.normalizer import (
     Activation,
+    Facts,
     Initializer,
     Normalizer,
     note_nonfinite,
@@ -54,6 +55,9 @@ class FilterResponseNorm(Normalizer):
     activation: Activation | None = nn.relu  # the model's, which it replaces whatever it is
 
     replaces_activation: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="H W", passes=(2, 3), equals=("instance_norm without threshold: channels of mean 0",)
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -45,7 +45,7 @@ from normlab.norms.groups import (
     moving_moments,
     sow_moments,
 )
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class FullNorm(Normalizer):
@@ -65,6 +65,12 @@ class FullNorm(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W and past batches",
+        at_inference="the same running moments",
+        passes=(3, 5),
+        equals=("batch_norm in value and gradient: the batch is the data set",),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -5,12 +5,14 @@ training and at inference; a gain and offset per channel. G = 1 is layer normali
 C, G = C instance normalization. ε is the paper's code's 1e-5; Flax has 1e-6.
 """
 
+from typing import ClassVar
+
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.norms.examples import normalize_groups, prepare
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class GroupNorm(Normalizer):
@@ -26,6 +28,15 @@ class GroupNorm(Normalizer):
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
+
+    facts: ClassVar[Facts] = Facts(
+        over="H W C/G",
+        passes=(2, 3),
+        equals=(
+            "layer_norm: num_groups 1",
+            "instance_norm: num_groups C",
+        ),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

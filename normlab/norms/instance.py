@@ -5,12 +5,14 @@ single position the output is the bias alone. PyTorch's module has no gain and o
 here both are on, as for the other normalizers.
 """
 
+from typing import ClassVar
+
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.norms.examples import normalize_groups, prepare
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class InstanceNorm(Normalizer):
@@ -23,6 +25,15 @@ class InstanceNorm(Normalizer):
     param_dtype: DTypeLike = "float32"  # of scale and bias
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
+
+    facts: ClassVar[Facts] = Facts(
+        over="H W",
+        passes=(2, 3),
+        equals=(
+            "group_norm: num_groups C",
+            "batch_norm in training: a batch of one",
+        ),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -15,9 +15,12 @@ default momentum, 0.1 for the new value, is 0.9 here. Gradients are those of the
 as there.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jax import Array
 
+from normlab.norms.normalizer import Facts
 from normlab.norms.whitening import Whitening, product
 
 
@@ -26,6 +29,16 @@ class IterativeNorm(Whitening):
 
     group_size: int = 64  # channels that are whitened together; fewer if there are no more
     num_iterations: int = 5  # of Newton's method
+
+    facts: ClassVar[Facts] = Facts(
+        over="N H W C/G",
+        at_inference="running mean and whitening matrix",
+        passes=(3, 5),
+        equals=(
+            "batch_norm in training: group_size 1",
+            "decorrelated_batch_norm: num_iterations large",
+        ),
+    )
 
     def whitening(self, covariance: Array) -> Array:
         """Returns about covariance^(−1/2), ε being in it: [..., D, D] -> [..., D, D]."""

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, normalize, statistics_dtype
 from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 GAUSSIAN = math.sqrt(math.pi / 2)  # standard deviation over mean absolute deviation
 
@@ -46,6 +46,12 @@ class L1BatchNorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W",
+        at_inference="running mean and sigma",
+        passes=(3, 5),
+        equals=("batch_norm up to its epsilon: Gaussian values",),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -8,6 +8,8 @@ Departure: the paper has a gain and bias per element. Here they are per channel 
 as is usual for images; `elementwise=True` gives the paper's.
 """
 
+from typing import ClassVar
+
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
@@ -19,7 +21,7 @@ from normlab.norms.examples import (
     standardize_channels,
 )
 from normlab.norms.functional import affine
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class LayerNorm(Normalizer):
@@ -34,6 +36,15 @@ class LayerNorm(Normalizer):
     param_dtype: DTypeLike = "float32"  # of scale and bias
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
+
+    facts: ClassVar[Facts] = Facts(
+        over="H W C",
+        passes=(2, 3),
+        equals=(
+            "group_norm: num_groups 1",
+            "rms_norm: values of mean 0",
+        ),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, normalize, statistics_dtype
 from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class MeanOnlyBatchNorm(Normalizer):
@@ -36,6 +36,7 @@ class MeanOnlyBatchNorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(over="N H W", at_inference="running mean", passes=(3, 3))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

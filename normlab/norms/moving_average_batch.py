@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from normlab.norms.backward import share_of_mean
 from normlab.norms.functional import Moments, affine, ema, statistics_dtype
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class MovingAverageBatchNorm(Normalizer):
@@ -50,6 +50,9 @@ class MovingAverageBatchNorm(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W and past batches", at_inference="running second moment", passes=(3, 5)
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -13,6 +13,15 @@ Initializer = Callable[..., Array]
 Activation = Callable[[Array], Array]
 
 
+class Facts(NamedTuple):
+    """What a table of all normalizers says of one (`catalogue.py`)."""
+
+    over: str = ""  # axes of x [N, H, W, C] that share a statistic in training; C/G: in groups
+    at_inference: str = "the same"  # what stands in for these statistics
+    passes: tuple[int, int] = (0, 0)  # least reads and writes of a tensor, forward and backward
+    equals: tuple[str, ...] = ()  # limiting cases: another normalizer, and when it is that
+
+
 class LayerBefore(NamedTuple):
     """The linear layer that a normalizer's input comes from, as a function of its kernel."""
 
@@ -29,6 +38,7 @@ class Normalizer(nn.Module):
     """
 
     stateful: ClassVar[bool] = False
+    facts: ClassVar[Facts] = Facts()
     replaces_activation: ClassVar[bool] = False
     """True if the class has a field `activation`: that of the model, which it takes over, or None
     where the model has none. Only `NormFactory` sets it."""

@@ -41,7 +41,7 @@ from normlab.norms.functional import (
     statistics_dtype,
 )
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 CONTROLS = ("clamp", "scale", "none")
 
@@ -66,6 +66,9 @@ class OnlineNorm(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="examples before", at_inference="running mean and variance", passes=(2, 3)
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -35,7 +35,7 @@ from normlab.norms.functional import (
 )
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class PowerNorm(Normalizer):
@@ -60,6 +60,9 @@ class PowerNorm(Normalizer):
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="C/G; N H W and past batches", at_inference="running second moment", passes=(3, 5)
+    )
     fractions: ClassVar[Mapping[str, float]] = {"warmup": 1 / 30}  # 10k of 300k steps (unverified)
 
     @nn.compact

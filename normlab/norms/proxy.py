@@ -30,6 +30,7 @@ from normlab.norms.functional import affine
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.normalizer import (
     Activation,
+    Facts,
     Initializer,
     Normalizer,
     output_dtype,
@@ -58,6 +59,9 @@ class ProxyNorm(Normalizer):
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     replaces_activation: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="H W C", passes=(2, 3), equals=("group_norm: no activation",)
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

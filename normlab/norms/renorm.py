@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from normlab.norms.functional import Moments, affine, normalize, statistics_dtype
 from normlab.norms.groups import gathers_moments, group_batch, moving_averages, sow_moments
 from normlab.norms.normalizer import (
+    Facts,
     Initializer,
     Normalizer,
     measure,
@@ -60,6 +61,12 @@ class BatchRenorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="N H W",
+        at_inference="running mean and sigma",
+        passes=(3, 5),
+        equals=("batch_norm in training: r_max 1 and d_max 0",),
+    )
     measures: ClassVar[tuple[str, ...]] = ("r", "d", "clipped")
     fractions: ClassVar[Mapping[str, float]] = {
         "ramp_start": 5 / 160,

@@ -3,6 +3,8 @@
 y = x / √(mean(x²) + ε) · γ (eq. 4): no centering. The paper has no bias; `use_bias` adds one.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,6 +14,7 @@ from jax.typing import DTypeLike
 from normlab.norms.examples import check_axes, prepare, standardize_channels
 from normlab.norms.functional import affine, mean_square, statistics_dtype
 from normlab.norms.normalizer import (
+    Facts,
     Initializer,
     Normalizer,
     note_nonfinite,
@@ -32,6 +35,10 @@ class RMSNorm(Normalizer):
     param_dtype: DTypeLike = "float32"  # of scale and bias
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
+
+    facts: ClassVar[Facts] = Facts(
+        over="H W C", passes=(2, 3), equals=("layer_norm: values of mean 0",)
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from normlab.norms.examples import group_moments, position_axes, prepare
 from normlab.norms.functional import Moments, normalize, statistics_dtype
 from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
 class SwitchableNorm(Normalizer):
@@ -49,6 +49,12 @@ class SwitchableNorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        over="H W; H W C; N H W",
+        at_inference="running mean and variance for N H W",
+        passes=(3, 5),
+        equals=("instance_norm, layer_norm or batch_norm: one-hot weights",),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -93,12 +93,14 @@ def test_with_its_whole_weight_an_example_is_instance_normalized():
 
 def test_the_weight_1_over_m_expects_the_statistics_of_a_batch_with_the_example_in_it():
     """All 5² batches of two that can be drawn from five examples, and those with a given first."""
-    x = data(0, (5, 3, 4))
+    x = data(0, (5, 3, 4)).astype("f4")
     pairs = np.stack([[np.concatenate([a, b]) for b in x] for a in x])
     running_mean, running_var = x.mean((0, 1)), pairs.var(2).mean((0, 1))
     expected_mean, expected_var = pairs.mean(2).mean(1), pairs.var(2).mean(1)
-    running = Moments(np.ones((5, 4)), np.tile(running_mean, (5, 1)), np.tile(running_var, (5, 1)))
-    own = Moments(np.full((5, 4), 3.0), x.mean(1), x.var(1))
+    running = Moments(
+        np.ones((5, 4), "f4"), np.tile(running_mean, (5, 1)), np.tile(running_var, (5, 1))
+    )
+    own = Moments(np.full((5, 4), 3, "f4"), x.mean(1), x.var(1))
     for weight, same in ((1 / 2, True), (0.3, False)):
         found = blend_moments(running, own, weight)
         assert np.allclose(found.mean, expected_mean, rtol=1e-5) == same
