@@ -92,9 +92,9 @@ def _page() -> Iterator[str]:
         "Chosen by `:norm=NAME` after a config file. x is `[N, H, W, C]`: N H W says that examples",
         "and positions share a statistic, one for each channel; C/G that channels share it in",
         "groups. Which examples N is, `batch_stats.scope` says. State is what training leaves in",
-        "`batch_stats`; numbers in shapes are those of the defaults. Passes are the least number of",
-        "times that a tensor of x's size is read or written, forward + backward, if an example's",
-        "groups fit in a cache and a batch does not.",
+        "`batch_stats`; numbers in shapes are those of the defaults. Passes are the least number",
+        "of times that a tensor of x's size is read or written, forward + backward, if a group of",
+        "an example fits in a cache and a batch does not.",
         "",
     )
     rows = [(f"[{e.name}](#{e.name})", *cells(e)[1:], _paper(e.paper, e.arxiv)) for e in found]
