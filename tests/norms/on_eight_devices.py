@@ -39,7 +39,7 @@ def on_one(module, x, mask=None):
         y, updated = module.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(y)), (y, updated["batch_stats"])
 
-    gradient, (y, state) = jax.grad(loss, has_aux=True)(x)
+    gradient, (y, state) = jax.jit(jax.grad(loss, has_aux=True))(x)
     return y, state, gradient
 
 
