@@ -128,8 +128,7 @@ def _page() -> Iterator[str]:
     for entry in found:
         yield from ("", f"## {entry.name}", "", *entry.text.splitlines())
     for name, text in files.items():
-        if name != "weight_centering":  # defined beside weight_standardization
-            yield from ("", f"## {name}", "", *text.splitlines())
+        yield from ("", f"## {name}", "", *text.splitlines())
 
 
 def _paper(paper: str, number: str) -> str:

@@ -1,9 +1,8 @@
 """Convolutions and dense layers whose weights are a function of their parameters: `config.conv`.
 
-The functions are those of `norms/weight_norm.py`, `norms/weight_standardization.py` and
-`norms/scaled_weight_standardization.py`; here they become layers. A layer's parameters are
-`kernel`, drawn by the same key as the plain layer's, `bias`, and where the method has one `gain`, a
-number for each output unit.
+The functions are those of `norms/weight_*.py` and `norms/scaled_weight_standardization.py`; here
+they become layers. A layer's parameters are `kernel`, drawn by the same key as the plain layer's,
+`bias`, and where the method has one `gain`, a number for each output unit.
 """
 
 import dataclasses
@@ -17,8 +16,9 @@ from jax.typing import DTypeLike
 
 from normlab.models.conv import StandardConv, he_normal
 from normlab.norms.scaled_weight_standardization import scaled_standardized_weights
+from normlab.norms.weight_centering import centered_weights
 from normlab.norms.weight_norm import data_dependent_start, normalized_weights, weight_norms
-from normlab.norms.weight_standardization import centered_weights, standardized_weights
+from normlab.norms.weight_standardization import standardized_weights
 
 START = "data_dependent_start"
 """The collection that asks a layer for the gain and bias that the batch at hand calls for."""

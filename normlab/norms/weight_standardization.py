@@ -7,9 +7,6 @@ The official code comes in two forms, which differ by √(N/(N − 1)), N the fa
 big_vision's σ is biased (1/N), PyTorch's unbiased (1/(N − 1)); ε = 1e-5 is outside the root in
 both. (timm's StdConv2d has the biased variance and 1e-6 inside the root.) A unit of equal weights
 becomes zero, with a finite gradient: the root is taken of a positive number always.
-
-Centering alone, W − μ, is what Moving Average Batch Normalization asks of the convolution before it
-(Yan et al. 2020, arXiv:2001.06838, `CenConv2d`), which it leaves uncentered itself.
 """
 
 import jax.numpy as jnp
@@ -18,11 +15,6 @@ from jax import Array
 from normlab.norms.functional import moments, unbiased
 
 VARIANCES = ("biased", "unbiased")
-
-
-def centered_weights(kernel: Array) -> Array:
-    """Returns W − μ in float32 at least: kernel [..., inputs, features], μ over each fan-in."""
-    return kernel - moments(kernel, tuple(range(kernel.ndim - 1))).mean
 
 
 def standardized_weights(kernel: Array, variance: str = "biased", epsilon: float = 1e-5) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from normlab.norms.scaled_weight_standardization import scaled_standardized_weights
+from normlab.norms.weight_centering import centered_weights
 from normlab.norms.weight_norm import data_dependent_start, normalized_weights, weight_norms
 from normlab.norms.weight_standardization import standardized_weights
 
@@ -227,3 +228,25 @@ def test_a_batch_that_is_not_finite_starts_nothing():
     gain, bias, _ = data_dependent_start(y, jnp.ones(2), jnp.zeros(2))
     np.testing.assert_allclose(gain, [1.0, 1.0])
     np.testing.assert_allclose(bias, [0.0, -3.0])
+
+
+# Centered weights ---------------------------------------------------------------------------------
+
+
+def test_centered_weights_by_hand():
+    # Units (1, 3) and (0, 4): means 2 and 2.
+    got = centered_weights(jnp.array([[1.0, 0.0], [3.0, 4.0]]))
+    np.testing.assert_array_equal(got, [[-1, -2], [1, 2]])
+
+
+def test_their_gradient_sums_to_zero_and_a_shift_of_a_unit_changes_nothing():
+    kernel, dy = (jax.random.normal(jax.random.key(i), (3, 3, 2, 4)) for i in (0, 1))
+    gradient = jax.grad(lambda k: jnp.sum(centered_weights(k) * dy))(kernel)
+    np.testing.assert_allclose(gradient.sum((0, 1, 2)), np.zeros(4), atol=1e-5)
+    shifted = centered_weights(kernel + jnp.arange(4.0))
+    np.testing.assert_allclose(shifted, centered_weights(kernel), atol=1e-5)
+    # Their size stays, where standardization would divide by it.
+    assert not np.allclose(centered_weights(2 * kernel), centered_weights(kernel))
+    np.testing.assert_allclose(
+        centered_weights(2 * kernel), 2 * centered_weights(kernel), atol=1e-5
+    )
