@@ -97,9 +97,8 @@ def test_gains_are_no_kernels(kind):
     roles = optim.roles(start(net)["params"])
     assert roles["conv1"]["kernel"] == "kernel"
     assert roles["conv1"]["bias"] == "bias"
-    assert roles["conv1"].get("gain") == (
-        None if kind == "weight_standardization" else "norm_scale"
-    )
+    without = ("weight_standardization", "weight_centering")
+    assert roles["conv1"].get("gain") == (None if kind in without else "norm_scale")
 
 
 def test_the_data_dependent_start_gives_every_layer_mean_0_and_variance_1():
