@@ -63,7 +63,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: of decay
     config.optim.decay_factor = 0.1  # piecewise: factor at each milestone
     config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
-    config.optim.decay_roles = ("kernel",)  # and bias, norm_scale, norm_bias, norm_extra, embedding
+    config.optim.decay_roles = ("kernel",)  # kernel, bias, embedding, norm_scale, _bias, _extra
     config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: any
 
     config.train = ConfigDict()

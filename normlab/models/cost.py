@@ -25,7 +25,8 @@ def macs(model: nn.Module, image_shape: tuple[int, ...]) -> int:
 def xla_flops(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
     """Returns XLA's own count of floating-point operations for the same, before compilation.
 
-    None if XLA gives none. It counts additions and multiplications apart, and all operations.
+    None if XLA gives none. It counts additions and multiplications apart, and all operations, but
+    those of a loop once, however often it runs.
     """
     variables, images, apply = _abstract(model, image_shape)
     cost: Any = jax.jit(apply).lower(variables, images).cost_analysis()

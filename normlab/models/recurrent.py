@@ -45,6 +45,14 @@ PLACES = ("input", "hidden", "cell")
 
 STATISTICS = ("per_step", "shared")
 
+TIME_AXES: dict[Any, Any] = {
+    "batch_stats": 0,
+    "batch_moments": 0,
+    "nonfinite": 0,
+    "intermediates": 1,  # examples first, as outside
+}
+"""Where each collection has the time axis."""
+
 Carry = tuple[Array, ...]  # the hidden state [N, features] first
 
 
@@ -198,8 +206,7 @@ class Recurrence(nn.Module):
 
         over_time = nn.scan(
             step,
-            variable_axes={"batch_stats": 0, "batch_moments": 0, "nonfinite": 0}
-            | {"intermediates": 1},  # examples first, as outside
+            variable_axes=TIME_AXES,
             variable_broadcast="params",
             split_rngs={"params": False},
             in_axes=1,

@@ -72,7 +72,8 @@ class Block(nn.Module):
             return self.conv.dense(channels, dtype=self.dtype, name="mlp2")(self.activation(x))
 
         attention = Attention(self.num_heads, self.conv, self.dtype, name="attention")
-        for i, branch in enumerate((attention, mlp), 1):
+        branches: tuple[Callable[[Array], Array], ...] = (attention, mlp)
+        for i, branch in enumerate(branches, 1):
             norm = self.norm(name=f"norm{i}")
             if self.norm_position == "pre":
                 x = x + branch(norm(x, train=train, mask=mask)).astype(x.dtype)

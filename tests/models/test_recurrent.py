@@ -90,8 +90,8 @@ def reference(params, x, kind, cell="lstm", places=PLACES):
     [
         ("batch_norm", "lstm", PLACES),
         ("layer_norm", "lstm", PLACES),
-        ("none", "lstm", PLACES),
-        ("batch_norm", "simple", PLACES),
+        pytest.param("none", "lstm", PLACES, marks=pytest.mark.slow),
+        pytest.param("batch_norm", "simple", PLACES, marks=pytest.mark.slow),
         ("layer_norm", "simple", ("hidden",)),
         ("batch_norm", "lstm", ("input",)),  # Laurent et al. 2015
     ],
@@ -302,7 +302,7 @@ def unrolled(layer, variables, x):
 @pytest.mark.parametrize(
     "norm",
     [
-        "batch_renorm",
+        pytest.param("batch_renorm", marks=pytest.mark.slow),
         "power_norm",
         pytest.param("evonorm_b0", marks=pytest.mark.slow),
         pytest.param("online_norm", marks=pytest.mark.slow),
