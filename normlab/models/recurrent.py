@@ -14,6 +14,7 @@ cell is h ← tanh(N_hidden(W_h h) + N_input(W_x x) + b).
 Notes:
 * Bias is in one place: N_hidden and N_input have none of their own, and b [gates·features] takes
   it. Ba et al. have all three, which is the same function with redundant parameters.
+* Ba et al. normalize the sum of both parts in the simple cell (equation 4), here each part.
 * Gains start at 0.1 (`initial_scale`): with unit variance before each tanh the gradient vanishes
   over time (Cooijmans et al., section 4). Ba et al. start at 1.
 * Statistics are those of a time step: no two steps share a running average, since the first ones

@@ -2,7 +2,7 @@
 depth and heads are those of DeiT-Ti (Touvron et al. 2021, arXiv:2012.12877, table 1).
 
 Pre-norm, as both have it: x ← x + f(norm(x)), and a last norm before the head. Post-norm, as the
-first transformer (Vaswani et al. 2017, arXiv:1706.03762, section 5.4): x ← norm(x + f(x)), and none
+first transformer (Vaswani et al. 2017, arXiv:1706.03762, section 3.1): x ← norm(x + f(x)), and none
 before the head.
 
 Departures: weights are drawn as in the other models (LeCun's normal; the patches' as those of a

@@ -201,6 +201,10 @@ def test_shared_statistics_are_the_mean_over_steps_and_another_network():
     expected = by_hand_at_inference(variables, x, lambda leaf, _: leaf.mean(0))
     np.testing.assert_allclose(shared, expected, rtol=1e-4, atol=1e-6)
     assert float(jnp.abs(shared - per_step).max()) > 1e-3
+    _, left = layer_of(statistics="shared").apply(
+        variables, x, train=False, mutable=["batch_stats"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, left["batch_stats"], variables["batch_stats"])
     update = functools.partial(layer_of(statistics="shared").apply, train=True)
     _, after = jax.jit(functools.partial(update, mutable=["batch_stats"]))(variables, x)
     means = after["batch_stats"]["cell"]["norm_input"]["mean"]

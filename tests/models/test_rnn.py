@@ -1,9 +1,12 @@
 """The model rnn: counts, what a step is, and a state with a time axis in every part of a run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from normlab import run
 from normlab.analysis.calibration import calibrate
@@ -14,6 +17,7 @@ from normlab.models import build, count_params
 from normlab.models.cost import macs
 from normlab.models.layers import norm_layers
 from normlab.models.rnn import sequence
+from normlab.models.weight_space import START
 from normlab.optim import roles
 from normlab.training import parallel
 from normlab.training.evaluate import Evaluator
@@ -181,6 +185,36 @@ def test_a_statistic_that_is_not_finite_at_one_step_is_seen():
     for size, sound in ((1.0, True), (1e30, False)):  # the square of 1e30 is infinite in float32
         *_, found = loss(*variables.values(), (size * images, labels))[1]
         assert bool(found) is sound
+
+
+def test_variants_of_one_seed_share_the_initial_values_they_have_in_common():
+    def initial(norm):
+        init = jax.jit(functools.partial(build(small(norm)).init, train=False))
+        params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+        return traverse_util.flatten_dict(params, sep="/")
+
+    reference, others = initial("none"), [initial(norm) for norm in ("batch_norm", "rms_norm")]
+    assert len(reference) == 5  # three kernels, and the biases of cell and head
+    for other in others:
+        for name, value in reference.items():
+            np.testing.assert_array_equal(other[name], value)
+
+
+def test_inside_the_recurrence_no_weight_starts_from_the_data():
+    config = load_config(
+        "configs/digits.py:model=rnn,norm=none,conv=weight_norm", {"conv.data_dependent": True}
+    )
+    net, images = build(config), jnp.ones((4, 8, 8, 1))
+
+    def start():
+        variables = net.init(jax.random.key(0), images, train=False)
+        return net.apply(variables, images, train=True, mutable=[START])[1][START]
+
+    assert set(traverse_util.flatten_dict(jax.eval_shape(start), sep="/")) == {
+        "layer1/input/gain",
+        "head/gain",
+        "head/bias",
+    }
 
 
 @pytest.mark.slow
