@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from normlab.config import add_duration, optional, parse_choices, section
 from normlab.errors import unknown
-from normlab.models import CONVS, INJECTED, MODELS
+from normlab.models import CONVS, INJECTED, MODELS, norm_defaults
 from normlab.norms import FACTORY_FIELDS, NORMS
 from normlab.optim import OPTIMIZERS
 
@@ -41,6 +41,8 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
 
     config.model = section(model, _choose("model", model, MODELS), leave_out=INJECTED)
     config.norm = section(norm, _choose("norm", norm, NORMS), leave_out=FACTORY_FIELDS)
+    for name in norm_defaults(model).keys() & config.norm.keys():
+        config.norm[name] = norm_defaults(model)[name]  # what a model of tokens has otherwise
     config.conv = section(conv, _choose("conv", conv, CONVS))
     for stem, part in NORMS[norm].fractions.items():
         add_duration(config, f"norm.{stem}", fraction=part)
@@ -58,7 +60,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: of decay
     config.optim.decay_factor = 0.1  # piecewise: factor at each milestone
     config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
-    config.optim.decay_roles = ("kernel",)  # kernel, bias, norm_scale, norm_bias, norm_extra
+    config.optim.decay_roles = ("kernel",)  # kernel, bias, embedding, norm_scale, _bias, _extra
     config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: any
 
     config.train = ConfigDict()

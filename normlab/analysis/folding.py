@@ -164,6 +164,11 @@ def _layers(
                 "a convolution or dense layer directly, or is not alone in doing so"
             )
         followed[tuple(layer.split("/"))] = norms.pop(name)
+    for placed in norms.values():
+        raise UserError(
+            f"cannot fold the normalizer {'/'.join(placed.path)!r}: it is part of a loop, and has "
+            "no fixed layer before it"
+        )
     return linear, followed
 
 

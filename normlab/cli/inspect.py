@@ -105,7 +105,7 @@ def _cost(model: Any, image_shape: tuple[int, ...]) -> str:
     from normlab.models.cost import macs, xla_flops
 
     flops = xla_flops(model, image_shape)
-    beside = "" if flops is None else f"; XLA counts {flops:,.0f} operations of all kinds"
+    beside = "" if flops is None else f"; XLA counts {flops:,.0f} operations, a loop's once"
     return f"{macs(model, image_shape):,} multiply-accumulates an image{beside}"
 
 

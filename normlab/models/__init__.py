@@ -6,6 +6,7 @@ values of the parameters they have in common.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ from normlab.models.resnet_cifar import (
     ResNet56,
     ResNet110,
 )
+from normlab.models.rnn import RNN
+from normlab.models.vit import ViTTiny
 from normlab.models.weight_space import (
     ScaledWeightStandardization,
     WeightCentering,
@@ -53,6 +56,8 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet50": ResNet50,
     "resnet101": ResNet101,
     "resnet152": ResNet152,
+    "rnn": RNN,
+    "vit_tiny": ViTTiny,
 }
 """Models by config name."""
 
@@ -94,11 +99,21 @@ def build(
     return MODELS[kind](
         num_classes=describe(config.data).num_classes,
         norm=make_norm(
-            config, length, overrides=overrides, num_devices=num_devices, axis_name=axis_name
+            config,
+            length,
+            overrides=overrides,
+            defaults=norm_defaults(kind),
+            num_devices=num_devices,
+            axis_name=axis_name,
         ),
         conv=CONVS[conv.pop("kind")](**conv),
         **fields,
     )
+
+
+def norm_defaults(kind: str) -> Mapping[str, Any]:
+    """Returns the fields of normalizers that have another default in a model of this kind."""
+    return getattr(MODELS[kind], "norm_defaults", {})
 
 
 def count_params(params: Any) -> int:

@@ -18,11 +18,15 @@ from jax.typing import DTypeLike
 
 from normlab.errors import unknown
 from normlab.norms import LayerBefore, NormAct, Normalizer
+from normlab.norms.normalizer import Initializer
 
 FILTER_GRADIENTS = ("auto", "whole", "split")
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 """He et al. 2015 (arXiv:1502.01852, eq. 10): N(0, 2 / fan-in), not truncated."""
+
+lecun_normal = nn.initializers.lecun_normal()
+"""N(0, 1 / fan-in), truncated at two deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +65,18 @@ class StandardConv:
         )
 
     def dense(
-        self, features: int, *, name: str, use_bias: bool = True, dtype: DTypeLike = "float32"
+        self,
+        features: int,
+        *,
+        name: str,
+        use_bias: bool = True,
+        dtype: DTypeLike = "float32",
+        kernel_init: Initializer = lecun_normal,
     ) -> nn.Module:
         """Returns a dense layer over the last axis, with LeCun's N(0, 1 / fan-in) weights."""
-        return nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)
+        return nn.Dense(
+            features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init, name=name
+        )
 
     def head(self, features: int, *, name: str, dtype: DTypeLike = "float32") -> nn.Module:
         """Returns a model's last layer: plain, whatever the hidden ones are.

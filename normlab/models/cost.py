@@ -18,13 +18,15 @@ from jax.extend import core
 def macs(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Returns the multiply-accumulates of one image [H, W, C] in evaluation."""
     variables, images, apply = _abstract(model, image_shape)
-    return sum(map(_macs_of, _equations(jax.make_jaxpr(apply)(variables, images).jaxpr)))
+    jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
+    return sum(times * _macs_of(equation) for equation, times in _equations(jaxpr))
 
 
 def xla_flops(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
     """Returns XLA's own count of floating-point operations for the same, before compilation.
 
-    None if XLA gives none. It counts additions and multiplications apart, and all operations.
+    None if XLA gives none. It counts additions and multiplications apart, and all operations, but
+    those of a loop once, however often it runs.
     """
     variables, images, apply = _abstract(model, image_shape)
     cost: Any = jax.jit(apply).lower(variables, images).cost_analysis()
@@ -38,15 +40,16 @@ def _abstract(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[Any, Any,
     return variables, images, lambda variables, x: model.apply(variables, x, train=False)
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Yields the equations of a jaxpr and of all it calls."""
+def _equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Yields the equations of a jaxpr and of all it calls, and how often each is run."""
     for equation in jaxpr.eqns:
-        yield equation
+        yield equation, times
+        runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
         for value in equation.params.values():
             if isinstance(value, core.ClosedJaxpr):
-                yield from _equations(value.jaxpr)
+                yield from _equations(value.jaxpr, runs)
             elif isinstance(value, core.Jaxpr):
-                yield from _equations(value)
+                yield from _equations(value, runs)
 
 
 def _macs_of(equation: Any) -> int:

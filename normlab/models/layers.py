@@ -32,7 +32,7 @@ def measures(model: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
 def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLayer]:
     """Returns the normalizers in the order in which an image [H, W, C] meets them."""
     kinds: dict[type[nn.Module], str] = {cls: name for name, cls in NORMS.items()}
-    found: list[NormLayer] = []
+    found: dict[str, NormLayer] = {}  # a layer in a loop is called more than once
 
     def watch(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -41,10 +41,10 @@ def norm_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[NormLaye
         if type(module) in kinds and context.method_name == "__call__":
             shape = tuple(args[0].shape[1:])
             path = "/".join(module.path)
-            found.append(NormLayer(path, kinds[type(module)], shape, module.note(shape[-1])))
+            found[path] = NormLayer(path, kinds[type(module)], shape, module.note(shape[-1]))
         return call(*args, **kwargs)
 
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    return found
+    return list(found.values())

@@ -14,7 +14,8 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.models.conv import StandardConv, he_normal
+from normlab.models.conv import StandardConv, he_normal, lecun_normal
+from normlab.norms.normalizer import Initializer
 from normlab.norms.scaled_weight_standardization import scaled_standardized_weights
 from normlab.norms.weight_centering import centered_weights
 from normlab.norms.weight_norm import data_dependent_start, normalized_weights, weight_norms
@@ -108,11 +109,16 @@ class WeightSpaceConv(StandardConv):
         )
 
     def dense(
-        self, features: int, *, name: str, use_bias: bool = True, dtype: DTypeLike = "float32"
+        self,
+        features: int,
+        *,
+        name: str,
+        use_bias: bool = True,
+        dtype: DTypeLike = "float32",
+        kernel_init: Initializer = lecun_normal,
     ) -> nn.Module:
         """Returns a dense layer, as `StandardConv.dense`."""
-        init = nn.initializers.lecun_normal()
-        return WeightSpaceLayer(features, self, init, use_bias, dtype, name=name)
+        return WeightSpaceLayer(features, self, kernel_init, use_bias, dtype, name=name)
 
     @property
     def kernel_init(self) -> Callable[..., Array]:

@@ -4,7 +4,8 @@ Imports nothing else of normlab. Start with `batch.py` for the science, `functio
 arithmetic, and `groups.py` for which examples share a statistic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from normlab.norms.backward import join_state, split_state
@@ -72,12 +73,14 @@ def make_norm(
     run_length: Any,
     *,
     overrides: Sequence[tuple[str, str]] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
     num_devices: int = 1,
     axis_name: str | None = None,
 ) -> NormFactory:
     """Returns the factory of the normalizer that `config.norm.kind` names (see `make_factory`).
 
-    `overrides`: (pattern of paths, kind) of the normalizers that differ.
+    `overrides`: (pattern of paths, kind) of the normalizers that differ; `defaults`: fields in
+    which these depart from their class.
     """
     kind = config.norm.kind
     for name in (kind, *(other for _, other in overrides)):
@@ -88,6 +91,7 @@ def make_norm(
         config,
         run_length,
         overrides=[(pattern, NORMS[other]) for pattern, other in overrides],
+        defaults=defaults,
         num_devices=num_devices,
         axis_name=axis_name,
     )

@@ -1,8 +1,9 @@
 """From a config to a factory of normalizers: one model, any normalizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from flax import linen as nn
@@ -33,15 +34,22 @@ class NormFactory:
     fields: FrozenDict[str, Any]  # hashable, as the fields of a Flax module are
     overrides: tuple[tuple[str, "NormFactory"], ...] = ()  # (pattern of paths, what stands there)
 
-    def __call__(self, *, name: str, scale_init: Initializer | None = None) -> Normalizer:
+    def __call__(
+        self, *, name: str, scale_init: Initializer | None = None, use_bias: bool = True
+    ) -> Normalizer:
         """Returns a normalizer called as `norm(x, train=..., mask=...)`.
 
-        `scale_init`, for the last one of a residual branch, is dropped where there is no scale.
+        `scale_init`, e.g. for the last one of a residual branch, is dropped where there is no
+        scale. Without `use_bias` it has no offset of its own, if it ever had: another layer does.
         """
-        return self._make(name, scale_init, activation=None)
+        return self._make(name, scale_init, None, use_bias)
 
     def _make(
-        self, name: str, scale_init: Initializer | None, activation: Activation | None
+        self,
+        name: str,
+        scale_init: Initializer | None,
+        activation: Activation | None,
+        use_bias: bool = True,
     ) -> Normalizer:
         chosen = self.at(_path(name)) if self.overrides else self
         fields = dict(chosen.fields)
@@ -49,6 +57,8 @@ class NormFactory:
             fields["activation"] = activation
         if scale_init is not None and hasattr(chosen.cls, "scale_init"):
             fields["scale_init"] = scale_init
+        if not use_bias and hasattr(chosen.cls, "use_bias"):
+            fields["use_bias"] = False
         return chosen.cls(**fields, name=name)
 
     def at(self, path: str) -> "NormFactory":
@@ -125,13 +135,15 @@ def make_factory(
     run_length: Any,
     *,
     overrides: Sequence[tuple[str, type[Normalizer]]] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
     num_devices: int = 1,
     axis_name: str | None = None,
 ) -> NormFactory:
     """Returns the factory for `config.norm` (kind and fields) and `config.batch_stats` (scope).
 
-    `overrides`: (pattern, class) of the normalizers that differ, with the fields' class defaults
-    and, of durations, the class's fractions of the run.
+    `overrides`: (pattern, class) of the normalizers that differ, with the fields' class defaults,
+    save for those that `defaults`, the model's own, has, and for durations, which are the class's
+    fractions of the run.
     `run_length.steps(section, stem, section_name)` turns a duration into steps. Raises ValueError,
     one line, for a scope that does not exist or a ghost size that does not divide
     `config.train.batch_size`.
@@ -148,6 +160,12 @@ def make_factory(
         if key.endswith("_steps") and value is None:
             raise ValueError(f"config field 'norm.{key}' is empty; give it in one of its units")
 
+    def present(cls: type[Normalizer]) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(cls)}
+        parts = cls.fractions.items()
+        durations = {f"{stem}_steps": round(part * run_length.num_steps) for stem, part in parts}
+        return durations | {name: value for name, value in defaults.items() if name in names}
+
     def factory(cls: type[Normalizer], fields: dict[str, Any]) -> NormFactory:
         names = {field.name for field in dataclasses.fields(cls)}
         settled = {"strict": False} if "strict" in names else {}
@@ -155,11 +173,7 @@ def make_factory(
             settled |= _scope_fields(config, num_devices, axis_name)
         return NormFactory(cls, FrozenDict(fields | settled))
 
-    def durations(cls: type[Normalizer]) -> dict[str, int]:
-        parts = cls.fractions.items()
-        return {f"{stem}_steps": round(part * run_length.num_steps) for stem, part in parts}
-
-    others = tuple((pattern, factory(other, durations(other))) for pattern, other in overrides)
+    others = tuple((pattern, factory(other, present(other))) for pattern, other in overrides)
     return dataclasses.replace(factory(cls, fields), overrides=others)
 
 

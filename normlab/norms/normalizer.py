@@ -34,7 +34,7 @@ class Normalizer(nn.Module):
 
     `mask` [N] or [N, ...] is true where a value counts; a masked value touches no statistic. State
     lives in the collection `batch_stats` and nowhere else. A stateful one has
-    `state_from_moments(moments)`, the state that stands for population moments [C].
+    `state_from_moments(moments)`, the state that stands for population moments [C], or [..., C].
     """
 
     stateful: ClassVar[bool] = False

@@ -47,7 +47,7 @@ def make_loss(model: nn.Module, label_smoothing: float = 0.0) -> Callable[..., t
         new_stats = updated.get("batch_stats", {})
         # A normalizer keeps its state from a statistic that is not finite, and says so.
         kept = jax.tree.leaves(updated.get("nonfinite", {}))
-        sound = _all_finite(new_stats) & ~jnp.any(jnp.array(kept, bool))
+        sound = _all_finite(new_stats) & ~jnp.any(jnp.array([jnp.any(x) for x in kept], bool))
         measured = flatten_dict(updated.get("measures", {}), sep="/")
         measures = {name: jnp.mean(value) for name, value in measured.items()}
         return mean, (correct.astype(jnp.int32), new_stats, sound, measures)

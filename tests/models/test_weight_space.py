@@ -158,7 +158,7 @@ def test_bfloat16_computes_in_bfloat16_from_float32_statistics(kind):
     assert float(error) < 0.02
 
 
-@pytest.mark.parametrize("model", ["mlp", "resnet20", "resnet50", "lenet5"])
+@pytest.mark.parametrize("model", ["mlp", "resnet20", "resnet50", "lenet5", "rnn", "vit_tiny"])
 @EVERY
 def test_every_pair_of_model_and_convolution_has_a_shape(kind, model):
     data, shape = ("mnist", (28, 28, 1)) if model == "lenet5" else ("cifar10", (32, 32, 3))

@@ -83,6 +83,8 @@ PARAMS = {
     "conv1": {"kernel": 0, "bias": 0},
     "norm1": {"scale": 0, "bias": 0, "v": 0},
     "block": {"norm2": {"bias": 0}, "head": {"kernel": 0}},
+    "cell": {"bias": 0, "hidden": {"kernel": 0}},
+    "positions": 0,
 }
 
 
@@ -91,6 +93,8 @@ def test_roles_come_from_places_not_from_ranks():
         "conv1": {"kernel": "kernel", "bias": "bias"},
         "norm1": {"scale": "norm_scale", "bias": "norm_bias", "v": "norm_extra"},
         "block": {"norm2": {"bias": "norm_bias"}, "head": {"kernel": "kernel"}},
+        "cell": {"bias": "bias", "hidden": {"kernel": "kernel"}},
+        "positions": "embedding",
     }
 
 
@@ -99,6 +103,8 @@ def test_a_mask_selects_roles():
         "conv1": {"kernel": True, "bias": False},
         "norm1": {"scale": False, "bias": True, "v": False},
         "block": {"norm2": {"bias": True}, "head": {"kernel": True}},
+        "cell": {"bias": False, "hidden": {"kernel": True}},
+        "positions": False,
     }
     with pytest.raises(UserError, match="did you mean 'kernel'"):
         role_mask(PARAMS, ("kernels",))
