@@ -37,7 +37,12 @@ def renamed(
     for name in names:
         if name not in entries and name not in optional:
             raise UserError(f"{what} lacks {name!r}")
-    return {new: np.array(entries[old], order="C") for old, new in names.items() if old in entries}
+    return {new: copied(entries[old]) for old, new in names.items() if old in entries}
+
+
+def copied(value: Any) -> np.ndarray:
+    """Returns a copy as a numpy array, contiguous: whoever made the value may change it in place."""
+    return np.asarray(value).copy(order="C")
 
 
 def variables_of(

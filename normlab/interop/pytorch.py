@@ -30,6 +30,7 @@ from normlab.interop.common import (
     Arrays,
     Tree,
     check_kind,
+    copied,
     entries_of,
     fields_of,
     renamed,
@@ -72,7 +73,7 @@ def norm_variables(kind: str, state: Mapping[str, Any]) -> Tree:
     if kind == "batch_norm":
         state = {name: value for name, value in state.items() if name != _COUNTER}
     variables = variables_of(kind, state, NAMES[kind], f"PyTorch's {kind}")
-    return jax.tree.map(lambda value: np.array(np.moveaxis(value, 0, -1), order="C"), variables)
+    return jax.tree.map(lambda value: copied(np.moveaxis(value, 0, -1)), variables)
 
 
 def norm_state(kind: str, variables: Mapping[str, Any], *, num_batches_tracked: int = 0) -> Arrays:
@@ -80,7 +81,7 @@ def norm_state(kind: str, variables: Mapping[str, Any], *, num_batches_tracked: 
     check_kind(kind, NAMES, "PyTorch")
     entries = entries_of(kind, variables, NAMES[kind], "PyTorch")
     state = {
-        name: np.array(np.moveaxis(value, -1, 0), order="C") for name, value in entries.items()
+        name: copied(np.moveaxis(value, -1, 0)) for name, value in entries.items()
     }
     if kind == "batch_norm":
         state[_COUNTER] = np.array(num_batches_tracked)
@@ -221,12 +222,12 @@ def layer_state(params: Mapping[str, Any], naming: str = "parametrizations") -> 
 
 def _to_kernel(weight: np.ndarray) -> np.ndarray:
     """Returns [O, I, ...] as [..., I, O]."""
-    return np.array(np.moveaxis(weight, (0, 1), (-1, -2)), order="C")
+    return copied(np.moveaxis(weight, (0, 1), (-1, -2)))
 
 
 def _to_weight(kernel: np.ndarray) -> np.ndarray:
     """Returns [..., I, O] as [O, I, ...]."""
-    return np.array(np.moveaxis(kernel, (-1, -2), (0, 1)), order="C")
+    return copied(np.moveaxis(kernel, (-1, -2), (0, 1)))
 
 
 # torchvision's ResNets ---------------------------------------------------------------------------
@@ -247,13 +248,13 @@ def resnet_variables(state: Mapping[str, Any], model: nn.Module) -> Tree:
     for name, (path, shape) in places.items():
         if name not in state:
             raise UserError(f"PyTorch's ResNet lacks {name!r}")
-        value = np.array(state[name])
+        value = np.asarray(state[name])
         value = _to_kernel(value) if path[-1] == "kernel" and value.ndim > 1 else value
         if value.shape != shape:
             expected = _to_weight(np.empty(shape)).shape if path[-1] == "kernel" else shape
             found = np.shape(state[name])
             raise UserError(f"PyTorch's ResNet: {name!r} has shape {found}, not {expected}")
-        variables[path] = value
+        variables[path] = copied(value)
     return traverse_util.unflatten_dict(variables)
 
 
@@ -270,11 +271,11 @@ def resnet_state(
     for path, shape in shapes.items():
         if path not in flat:
             raise UserError(f"our ResNet lacks {'/'.join(path)!r}")
-        value = np.array(flat[path])
+        value = np.asarray(flat[path])
         if value.shape != shape:
             raise UserError(f"our ResNet: {'/'.join(path)!r} has shape {value.shape}, not {shape}")
         name = _resnet_name(path)
-        state[name] = _to_weight(value) if path[-1] == "kernel" else value
+        state[name] = _to_weight(value) if path[-1] == "kernel" else copied(value)
         if path[-1] == "var":
             layer = name.removesuffix(".running_var")
             state[f"{layer}.{_COUNTER}"] = np.array(num_batches_tracked)
