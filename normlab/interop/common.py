@@ -41,7 +41,7 @@ def renamed(
 
 
 def copied(value: Any) -> np.ndarray:
-    """Returns a copy as a numpy array, contiguous: whoever made the value may change it in place."""
+    """Returns a contiguous copy: whoever owns the value may go on to change it in place."""
     return np.asarray(value).copy(order="C")
 
 

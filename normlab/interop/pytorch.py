@@ -80,9 +80,7 @@ def norm_state(kind: str, variables: Mapping[str, Any], *, num_batches_tracked: 
     """Returns the state of a module from our variables. Raises UserError if they do not fit."""
     check_kind(kind, NAMES, "PyTorch")
     entries = entries_of(kind, variables, NAMES[kind], "PyTorch")
-    state = {
-        name: copied(np.moveaxis(value, -1, 0)) for name, value in entries.items()
-    }
+    state = {name: copied(np.moveaxis(value, -1, 0)) for name, value in entries.items()}
     if kind == "batch_norm":
         state[_COUNTER] = np.array(num_batches_tracked)
     return state

@@ -100,9 +100,7 @@ def test_masked_batches_agree(shape):
     x = agreement.batches(shape, count=1)[0]
     ours, theirs = BatchNorm(epsilon=0.05), nn.BatchNorm(epsilon=0.05, momentum=0.9)
     variables = agreement.start(ours, x)
-    found, after = ours.apply(
-        variables, x, train=True, mask=mask[..., 0], mutable=["batch_stats"]
-    )
+    found, after = ours.apply(variables, x, train=True, mask=mask[..., 0], mutable=["batch_stats"])
     y, expected = theirs.apply(
         variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"]
     )
@@ -112,11 +110,14 @@ def test_masked_batches_agree(shape):
 def test_statistics_over_devices_agree():
     shards = np.stack(agreement.batches((3, 5, C), count=4))
     arguments = {"momentum": 0.7, "axis_name": "devices"}
-    ours, theirs = BatchNorm(**linen.norm_fields("batch_norm", arguments)), nn.BatchNorm(**arguments)
+    ours, theirs = (
+        BatchNorm(**linen.norm_fields("batch_norm", arguments)),
+        nn.BatchNorm(**arguments),
+    )
     variables = agreement.start(BatchNorm(), shards[0])
 
     def on_devices(call):
-        return jax.vmap(call, axis_name="devices")(shards)
+        return jax.jit(jax.vmap(call, axis_name="devices"))(shards)
 
     found = on_devices(lambda x: ours.apply(variables, x, train=True, mutable=["batch_stats"]))
     expected = on_devices(
@@ -210,7 +211,7 @@ def test_masked_shards_weigh_alike_there_and_by_their_values_here():
         return module.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[1]
 
     for call, mean, var in ((ours, 0.8, 2.56), (theirs, 2.0, 4.0)):
-        after = jax.vmap(call, axis_name="devices")(x, mask)["batch_stats"]
+        after = jax.jit(jax.vmap(call, axis_name="devices"))(x, mask)["batch_stats"]
         np.testing.assert_allclose(after["mean"], np.full((2, 1), mean), rtol=1e-5)
         np.testing.assert_allclose(after["var"], np.full((2, 1), var), rtol=1e-5)
 
