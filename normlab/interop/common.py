@@ -18,7 +18,6 @@ REQUIRED = inspect.Parameter.empty
 """The default of an argument that has none."""
 
 _PER_ELEMENT = ("layer_norm", "rms_norm")
-_UNCONVERTED = ("param_dtype", "strict", "parent", "name")
 
 
 # Arrays ------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ def fields_of(
     defaults = {
         field.name: other.get(field.name, field.default)
         for field in dataclasses.fields(NORMS[kind])
-        if field.name not in _UNCONVERTED and not field.name.endswith("_init")
+        if field.name not in ("parent", "name") and not field.name.endswith("_init")
     }
     # A field left at a default that the framework cannot express is an error, too.
     own = {field.name: field.default for field in dataclasses.fields(NORMS[kind])}

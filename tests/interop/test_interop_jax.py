@@ -203,8 +203,20 @@ ERRORS = {
     ),
     "decay": (lambda: haiku.norm_fields("batch_norm", BOTH), "'decay_rate' is missing"),
     "rank": (
-        lambda: haiku.norm_state("batch_norm", {**OURS["batch_norm"]}, name="bn"),
+        lambda: haiku.norm_state(
+            "batch_norm",
+            {"batch_stats": {**OURS["batch_norm"]["batch_stats"], "step": np.array(1)}},
+            name="bn",
+        ),
+        "needs the input's rank and the module's decay_rate",
+    ),
+    "no counter": (
+        lambda: haiku.norm_state("batch_norm", OURS["batch_norm"], name="bn"),
         "batch_norm for Haiku lacks 'step'",
+    ),
+    "dtype": (
+        lambda: haiku.norm_arguments("instance_norm", {"dtype": "bfloat16"}, (C,)),
+        "'dtype' = 'bfloat16' has no counterpart in Haiku; None has",
     ),
     "average": (
         lambda: haiku.norm_variables("batch_norm", {}, {"bm/~/mean_ema": {}}, name="bn"),
