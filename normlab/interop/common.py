@@ -134,16 +134,15 @@ def fields_of(
     Every other field must have its default, or what `other` says. Raises UserError for one that has
     not, e.g. `zero_debias` for PyTorch.
     """
-    defaults = {
-        field.name: other.get(field.name, field.default)
+    own = {
+        field.name: field.default
         for field in dataclasses.fields(NORMS[kind])
         if field.name not in ("parent", "name") and not field.name.endswith("_init")
     }
-    # A field left at a default that the framework cannot express is an error, too.
-    own = {field.name: field.default for field in dataclasses.fields(NORMS[kind])}
-    given = {**{name: own[name] for name in other}, **given}
-    mine = {name: defaults.pop(name) for name in carried}
-    return settings(given, mine, defaults, f"{kind} field", framework)
+    fixed = {name: other.get(name, value) for name, value in own.items() if name not in carried}
+    mine = {name: own[name] for name in carried}
+    # Our own default may be one of those that the framework cannot express.
+    return settings({**own, **given}, mine, fixed, f"{kind} field", framework)
 
 
 def check_kind(kind: str, kinds: Collection[str], framework: str) -> None:

@@ -91,6 +91,12 @@ def test_a_layer_and_ours_agree(kind, name, arguments, shape):
     agreement.assert_same(back, {key: value.numpy() for key, value in before.items()})
 
 
+def test_our_layer_norm_over_all_is_their_group_norm_with_one_group():
+    layer = Layer("group_norm", torch.nn.GroupNorm(1, C, eps=0.05))
+    module = NORMS["layer_norm"](axes="all", epsilon=0.05)
+    agreement.assert_agrees(module, layer, agreement.SHAPES[4])
+
+
 @pytest.mark.parametrize("kind", pytorch.DEFAULTS)
 def test_the_defaults_are_those_of_the_installed_version(kind):
     cls = {"batch_norm": "BatchNorm2d", "instance_norm": "InstanceNorm2d", "rms_norm": "RMSNorm"}
