@@ -4,9 +4,10 @@ A state is what `module.state_dict()` gives: by name, values that numpy can read
 out channels first. Conventions:
 
 * BatchNorm1d, 2d, 3d and SyncBatchNorm: `momentum` is the weight of the new value, one minus ours;
-  the running variance is unbiased (`running_variance="unbiased"`). `num_batches_tracked` matters
-  only with momentum=None, a plain mean over all batches, which is refused: it is not kept, and
-  written as what `norm_state` is given.
+  the running variance is unbiased (`running_variance="unbiased"`); its numbers are taken as they
+  are, which is right for evaluation whatever was averaged. `num_batches_tracked` matters only
+  with momentum=None, a plain mean over all batches, which is refused: it is not kept, and written
+  as what `norm_state` is given.
 * LayerNorm and RMSNorm over (C,) are ours with axes="channel"; over (C, H, W) those with axes="all"
   and elementwise=True. Ours with a gain per channel over "all" is GroupNorm(1, C).
 * RMSNorm's eps=None is the input dtype's rounding unit, taken as float32's.
