@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install install-dev demo test test-all lint bench clean
+.PHONY: install install-dev install-parity demo test test-all parity lint bench clean
 
 install: $(VENV)/installed            ## make the environment: exact pins, then normlab itself
 
@@ -20,6 +20,12 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+install-parity: $(VENV)/installed-parity  ## the same, with PyTorch, Keras and dm-haiku
+
+$(VENV)/installed-parity: $(VENV)/installed-dev requirements-parity.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	@touch $@
+
 demo: install                         ## compare six normalizers on digits, three settings, three seeds
 	$(BIN)/normlab compare configs/digits.py --workdir=runs/demo --seeds=3 \
 	  --norms=none,batch_norm,layer_norm,group_norm,instance_norm,batch_renorm \
@@ -27,10 +33,13 @@ demo: install                         ## compare six normalizers on digits, thre
 	  --setting='batch of 1:batch_stats.scope=ghost,batch_stats.ghost_size=1'
 
 test: install-dev                     ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow' -n auto
+	$(BIN)/python -m pytest -m 'not slow and not parity' -n auto
 
 test-all: install-dev                 ## all tests; NORMLAB_DATA=DIR adds those on CIFAR-10 and MNIST
 	$(BIN)/python -m pytest -n auto
+
+parity: install-parity                ## agreement with PyTorch, Keras, flax.linen and dm-haiku
+	$(BIN)/python -m pytest -m parity tests/parity -n auto
 
 lint: install-dev                     ## ruff and mypy
 	$(BIN)/ruff check .
