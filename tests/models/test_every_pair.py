@@ -9,13 +9,28 @@ from normlab.models import CONVS, MODELS, build
 from normlab.norms import NORMS
 
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+LARGE = ("resnet18_cifar", "resnet50")
 DEEPER = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152")
 """The same blocks as another model has, more of them."""
 FEW = ("none", "batch_norm", "group_norm", "evonorm_b0", "online_norm")
-DEEP = [
-    pytest.param(model, norm, marks=[] if norm == "none" else [pytest.mark.slow])
-    for model in DEEPER
+
+
+def pair(model, other, fast):
+    """Tracing a large model takes a second, a deep one several: `fast` of them are enough."""
+    return pytest.param(model, other, marks=[] if fast else [pytest.mark.slow])
+
+
+PAIRS = [
+    pair(model, norm, norm in {LARGE: FEW, DEEPER: ("none",)}.get(kind, NORMS))
+    for kind in (tuple(name for name in MODELS if name not in LARGE + DEEPER), LARGE, DEEPER)
+    for model in kind
     for norm in NORMS
+]
+WEIGHTED = [
+    pair(model, conv, model in ("mlp", "cnn", "resnet20"))
+    for model in MODELS
+    for conv in CONVS
+    if conv != "standard" and model not in DEEPER
 ]
 
 
@@ -38,16 +53,12 @@ def assert_traces(model, norm, conv="standard"):
     assert after.get("batch_stats", {}) == variables.get("batch_stats", {})
 
 
-@pytest.mark.parametrize(
-    ("model", "norm"),
-    [*((model, norm) for model in MODELS if model not in DEEPER for norm in NORMS), *DEEP],
-)
+@pytest.mark.parametrize(("model", "norm"), PAIRS)
 def test_model_and_normalizer(model, norm):
     assert_traces(model, norm)
 
 
-@pytest.mark.parametrize("conv", [conv for conv in CONVS if conv != "standard"])
+@pytest.mark.parametrize(("model", "conv"), WEIGHTED)
 @pytest.mark.parametrize("norm", FEW)
-@pytest.mark.parametrize("model", [model for model in MODELS if model not in DEEPER])
 def test_model_and_kind_of_layer(model, norm, conv):
     assert_traces(model, norm, conv)

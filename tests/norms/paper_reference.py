@@ -6,8 +6,8 @@ float64; a mask is boolean, of x's shape without channels, or None.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,11 @@ def start(module, x):
     return {"params": params, "batch_stats": variables.get("batch_stats", {})}
 
 
+def widened(module):
+    """The module with parameters and statistics in double precision."""
+    return module.copy(param_dtype="float64") if hasattr(module, "param_dtype") else module
+
+
 def numpy64(tree):
     return jax.tree.map(lambda array: np.asarray(array, np.float64), tree)
 
@@ -100,12 +105,13 @@ def numpy64(tree):
 # The comparison ----------------------------------------------------------------------------------
 
 
+@functools.cache
 def stepper(module):
     """A compiled `step(variables, x, g, mask)` -> (y, gradient by parameters, by x, variables
     after, evaluation under those); g is the loss's gradient by y.
     """
 
-    @partial(jax.jit, compiler_options=QUICKLY)
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def step(variables, x, g, mask):
         backward, others = split_state(variables["batch_stats"])
 
@@ -129,8 +135,7 @@ def assert_follows(case, shape, dtype, masks=(None,), steps=3, seed=0):
     One run of `steps` batches for each of `masks`, all with the same compiled step.
     """
     with jax.enable_x64(dtype == "float64"):
-        wide = {"param_dtype": "float64"} if dtype == "float64" else {}
-        module = case.module.copy(**wide) if hasattr(case.module, "param_dtype") else case.module
+        module = widened(case.module) if dtype == "float64" else case.module
         first, step = start(module, jnp.zeros(shape, dtype)), stepper(module)
         for mask in masks:
             variables, state = first, numpy64(first["batch_stats"])

@@ -7,11 +7,14 @@ from functools import partial
 import backward_equations as backward
 import batch_equations as of_batch
 import example_equations as of_example
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paper_reference import assert_follows
+from hypothesis.extra.numpy import arrays
+from paper_reference import assert_follows, numpy64, start, stepper, widened
 
 from normlab.norms import NORMS
 
@@ -124,9 +127,32 @@ def test_one_channel_of_one_position(name):
     assert_follows(case_of(name, channels=1), (5, 1, 1), "float32")
 
 
+@EVERY
+@settings(max_examples=5)
+@given(
+    values=arrays(np.float64, (3, 2, 3, 4), elements=st.floats(-10, 10, width=32)),
+    offset=st.floats(-10, 10),
+)
+def test_any_values(name, values, offset):
+    """Equal ones and zeros among them, where ε alone is the divisor."""
+    case, x = case_of(name), values + offset
+    with jax.enable_x64(True):
+        module = widened(case.module)
+        variables = start(module, jnp.zeros(x.shape))
+        y, _, _, after, _ = stepper(module)(variables, jnp.asarray(x), jnp.ones(x.shape), None)
+    params, state = numpy64(variables["params"]), numpy64(variables["batch_stats"])
+    expected, state = case.forward(params, state, x, None, True)
+    # Whitening divides by √ε ≈ 0.003 along a direction without spread, others up to 30 off.
+    limit = 1e-3 if name in WHITENING else 1e-9
+    np.testing.assert_allclose(y, expected, rtol=limit, atol=limit)
+    for key, value in after["batch_stats"].items():
+        if key in state and not key.startswith("backward_"):
+            np.testing.assert_allclose(value, state[key], rtol=limit, atol=limit, err_msg=key)
+
+
 @st.composite
-def settings_of_a_case(draw):
-    """(shape, ghost size, masks or none, seed)"""
+def shaped(draw):
+    """(shape, ghost size, mask or none, seed): few, odd and single ones of each axis."""
     positions = draw(st.lists(st.integers(1, 3), max_size=3))
     examples, channels = draw(st.integers(1, 6)), draw(st.integers(1, 5))
     ghost = draw(st.sampled_from([None, *(k for k in (1, 2, 3) if examples % k == 0)]))
@@ -140,10 +166,17 @@ def settings_of_a_case(draw):
 
 @pytest.mark.slow
 @EVERY
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
-@given(drawn=settings_of_a_case())
-def test_any_shape_mask_and_values(name, dtype, drawn):
+@settings(max_examples=20)
+@given(drawn=shaped())
+def test_any_shape_and_mask(name, drawn):
     shape, ghost, mask, seed = drawn
     case = case_of(name, shape[-1], ghost)
-    assert_follows(case, shape, dtype, masks=[mask], seed=seed)
+    assert_follows(case, shape, "float64", masks=[mask], seed=seed)
+
+
+@pytest.mark.slow
+@EVERY
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4), (9, 1, 1, 4), (7, 5, 1), (2, 2, 3, 3, 4)], ids=str)
+def test_one_example_position_or_channel_in_short_formats(name, dtype, shape):
+    assert_follows(case_of(name, shape[-1]), shape, dtype)
