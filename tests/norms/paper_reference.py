@@ -129,10 +129,12 @@ def stepper(module):
     return step
 
 
-def assert_follows(case, shape, dtype, masks=(None,), steps=3, seed=0):
+def assert_follows(case, shape, dtype, masks=(None,), steps=3, seed=0, room=1):
     """Asserts that outputs, gradients, states and evaluation of consecutive steps agree.
 
-    One run of `steps` batches for each of `masks`, all with the same compiled step.
+    One run of `steps` batches for each of `masks`, all with the same compiled step. `room` is for
+    statistics over few values: where the variance is near 0, ε = 10⁻⁵ alone is the divisor, and
+    1/ε is what it makes of a rounding.
     """
     with jax.enable_x64(dtype == "float64"):
         module = widened(case.module) if dtype == "float64" else case.module
@@ -144,30 +146,30 @@ def assert_follows(case, shape, dtype, masks=(None,), steps=3, seed=0):
                 g = g if mask is None else g * mask[..., None]
                 found = step(variables, jnp.asarray(x, dtype), jnp.asarray(g, dtype), mask)
                 params, variables = numpy64(variables["params"]), found[3]
-                state = _assert_step(case, dtype, params, state, x, g, mask, found)
+                state = _assert_step(case, dtype, room, params, state, x, g, mask, found)
 
 
-def _assert_step(case, dtype, params, state, x, g, mask, found):
+def _assert_step(case, dtype, room, params, state, x, g, mask, found):
     """Compares one step, and returns the reference's state after it."""
     y, by_params, by_x, variables, evaluated = found
     assert y.dtype == by_x.dtype == evaluated.dtype == dtype
     expected, after = case.forward(params, state, x, mask, True)
     chosen = slice(None) if mask is None else mask
-    _assert_near(np.asarray(y)[chosen], expected[chosen], dtype, "output")
+    _assert_near(np.asarray(y)[chosen], expected[chosen], dtype, room, "output")
     if case.backward is None:
         forward = case.forward if case.hold is None else case.hold(params, state, x, mask)
-        _assert_slopes(forward, params, state, x, g, mask, dtype, by_params, by_x)
+        _assert_slopes(forward, params, state, x, g, mask, dtype, room, by_params, by_x)
     else:
         slopes, slope, moved = case.backward(params, state, x, mask, g)
-        _assert_near(by_x, slope, dtype, "gradient by x")
+        _assert_near(by_x, slope, dtype, room, "gradient by x")
         for name, value in slopes.items():
-            _assert_near(by_params[name], value, _wide(dtype), f"gradient by {name}")
+            _assert_near(by_params[name], value, _wide(dtype), room, f"gradient by {name}")
         after = {**after, **moved}
     for name, value in variables["batch_stats"].items():
         if name in after:
-            _assert_near(value, after[name], _wide(dtype), name)
+            _assert_near(value, after[name], _wide(dtype), room, name)
     expected, _ = case.forward(params, after, x, mask, False)
-    _assert_near(np.asarray(evaluated)[chosen], expected[chosen], dtype, "evaluation")
+    _assert_near(np.asarray(evaluated)[chosen], expected[chosen], dtype, room, "evaluation")
     return after
 
 
@@ -176,7 +178,7 @@ def _wide(dtype):
     return "float64" if dtype == "float64" else "float32"
 
 
-def _assert_near(found, expected, dtype, what):
+def _assert_near(found, expected, dtype, room, what):
     """Each value to the rounding of its format, and all to that of the statistics."""
     found = np.asarray(found, np.float64)
     size = max(1.0, np.abs(expected).max(initial=0))
@@ -184,12 +186,12 @@ def _assert_near(found, expected, dtype, what):
         found,
         expected,
         rtol=1.01 * ROUNDING[dtype],
-        atol=SUMS * ROUNDING[_wide(dtype)] * size,
+        atol=room * SUMS * ROUNDING[_wide(dtype)] * size,
         err_msg=what,
     )
 
 
-def _assert_slopes(forward, params, state, x, g, mask, dtype, by_params, by_x):
+def _assert_slopes(forward, params, state, x, g, mask, dtype, room, by_params, by_x):
     """Compares derivatives along random directions of parameters and input together."""
     random = np.random.default_rng(3)
     gradient, point, step = numpy64((by_params, by_x)), (params, x), 1e-6
@@ -206,6 +208,6 @@ def _assert_slopes(forward, params, state, x, g, mask, dtype, by_params, by_x):
         size = max(1.0, np.abs(gradient[1]).max() * np.sqrt(x.size))
         # A difference over 2·10⁻⁶ of numbers of 10⁻¹⁶ keeps nine digits. x enters a normalizer in
         # up to four places; the gradient of each is rounded to x's format before they are added.
-        limit = max(1e-8, 4 * ROUNDING[dtype], SUMS * ROUNDING[_wide(dtype)]) * size
+        limit = max(1e-8 * room, 4 * ROUNDING[dtype], SUMS * ROUNDING[_wide(dtype)]) * size
         expected = (ends[0] - ends[1]) / (2 * step)
         np.testing.assert_allclose(sum(terms), expected, rtol=0, atol=limit, err_msg="slope")
