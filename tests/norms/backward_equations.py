@@ -79,7 +79,7 @@ def full_norm(momentum=0.8):
     return Case(FullNorm(momentum=momentum), *with_affine(standardize, backward))
 
 
-# Moving average batch normalization, Yan et al. 2020, section 4, and its official code ------------
+# Moving average batch normalization, Yan et al. 2020, and its official code -----------------------
 
 
 def moving_average_batch_norm(window=2, correct_after=3):
@@ -114,7 +114,7 @@ def moving_average_batch_norm(window=2, correct_after=3):
     return Case(module, *with_affine(standardize, backward))
 
 
-# Online normalization, Chiley et al. 2019, eq. 8 to 12, and its official code ---------------------
+# Online normalization, Chiley et al. 2019, and its official code ----------------------------------
 
 
 def online_norm(control="clamp", f=0.9, b=0.8, limit=1.5):

@@ -115,7 +115,7 @@ def batch_renorm(ghost=None, ramp=(1, 5, 3)):
     return Case(module, forward, hold=hold)
 
 
-# L1, Hoffer et al. 2018, section 4: σ = √(π/2)·E|x − μ| -------------------------------------------
+# L1, Hoffer et al. 2018: σ = √(π/2)·E|x − μ| ------------------------------------------------------
 
 
 def mean_and_deviation(values):
@@ -180,7 +180,7 @@ def iterative_norm(ghost=None, size=2):
     return whitening(IterativeNorm, root_by_newton, ghost, size)
 
 
-# Batch/group hybrid, Summers & Dinneen 2020, section 3.4 ------------------------------------------
+# Batch/group hybrid, Summers & Dinneen 2020 -------------------------------------------------------
 
 
 def batch_group_norm(ghost=None, groups=2):

@@ -1,5 +1,5 @@
 """Normalizers with statistics within an example, or mixed, or none, in float64 numpy from their
-papers' equations.
+papers' equations. Where no number of an equation is said, it is unverified.
 """
 
 import functools
@@ -50,7 +50,7 @@ def none():
     return Case(Identity(), lambda params, state, x, mask, train: (x, state))
 
 
-# Layer normalization, Ba et al. 2016, eq. 3; RMSNorm, Zhang & Sennrich 2019, eq. 4 ---------------
+# Layer normalization, Ba et al. 2016, eq. 3; RMSNorm, Zhang & Sennrich 2019, eq. 4 ----------------
 
 
 def layer_norm(axes="all", elementwise=False):
@@ -76,7 +76,7 @@ def rms_norm(axes="all"):
     return Case(RMSNorm(axes=axes), stateless(standardize))
 
 
-# Group normalization, Wu & He 2018, eq. 1 and 7; instance, Ulyanov et al. 2016, eq. 3 -------------
+# Group normalization, Wu & He 2018, eq. 1 and 7; instance, Ulyanov et al. 2016 --------------------
 
 
 def grouped(groups):
@@ -101,7 +101,7 @@ def instance_norm():
     return Case(InstanceNorm(), stateless(of_examples(standardize)))
 
 
-# Filter response normalization, Singh & Krishnan 2019, eq. 1 to 3 ---------------------------------
+# Filter response normalization, Singh & Krishnan 2019 ---------------------------------------------
 
 
 def filter_response_norm(learn_epsilon="single"):
@@ -151,7 +151,7 @@ def evonorm_b0(ghost=None):
     return Case(EvoNormB0(**ghost_of(ghost)), forward)
 
 
-# Switchable normalization, Luo et al. 2018, eq. 3 to 5 --------------------------------------------
+# Switchable normalization, Luo et al. 2018, eq. 3 -------------------------------------------------
 
 
 def switchable_norm(ghost=None):
@@ -184,7 +184,7 @@ def switchable_norm(ghost=None):
     return Case(SwitchableNorm(**ghost_of(ghost)), forward)
 
 
-# Proxy normalization, Labatie et al. 2021, eq. 6 to 8 ---------------------------------------------
+# Proxy normalization, Labatie et al. 2021 ---------------------------------------------------------
 
 
 @functools.cache
