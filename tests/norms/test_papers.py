@@ -177,6 +177,6 @@ def test_any_shape_and_mask(name, drawn):
 @pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(1, 5, 3, 4), (9, 1, 1, 4), (7, 5, 1), (2, 2, 3, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4), (9, 1, 1, 8), (7, 5, 1), (2, 2, 3, 3, 4)], ids=str)
 def test_one_example_position_or_channel_in_short_formats(name, dtype, shape):
     assert_follows(case_of(name, shape[-1]), shape, dtype)
