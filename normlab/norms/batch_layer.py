@@ -110,7 +110,7 @@ class BatchLayerNorm(Normalizer):
         batch_size = state("batch_size", jnp.zeros, (), jnp.int32)
         scale, bias = scale_and_bias(self, x.shape[-1:])
         old = {name: variable.value for name, variable in averages.items()}
-        size = jnp.maximum(batch_size.value, 1)
+        size = jnp.maximum(batch_size.value, 1).astype(state_dtype)
 
         x = finite_where_masked(x, expand_mask(mask, x.shape))
         own = moments(x, (x.ndim - 1,))

@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from normlab.config import load_config
 from normlab.errors import UserError
-from normlab.models import MODELS, build, count_params
+from normlab.models import build, count_params
 from normlab.models.layers import norm_layers
 from normlab.norms import NORMS
 
@@ -93,27 +93,6 @@ def test_projection_shortcuts_add_parameters_and_padding_shortcuts_none():
     assert b - a == 16 * 32 + 64 + 32 * 64 + 128  # two 1×1 convolutions and their norms
     with pytest.raises(UserError, match=r"model\.shortcut.*'C'"):
         shapes_of(config_of("resnet20", model__shortcut="C"), (32, 32, 3))
-
-
-DEEPER = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152")
-PAIRS = [(model, norm) for model in MODELS if model not in DEEPER for norm in NORMS]
-
-
-@pytest.mark.parametrize(("model", "norm"), [*PAIRS, *((model, "none") for model in DEEPER)])
-def test_every_pair_of_model_and_normalizer_has_a_shape(model, norm):
-    data, shape = ("mnist", (28, 28, 1)) if model == "lenet5" else ("cifar10", (32, 32, 3))
-    fewer = {"model__depth": 2} if model == "vit_tiny" else {}  # all blocks are alike
-    config = config_of(model, norm, data, **fewer)
-    net = build(config)
-    variables = shapes_of(config, shape)
-    images, mask = jnp.zeros((2, *shape)), jnp.array([True, False])
-
-    def apply(v):
-        return net.apply(v, images, train=True, mask=mask, mutable=["batch_stats"])
-
-    logits, _ = jax.eval_shape(apply, variables)
-    assert logits.shape == (2, 10)
-    assert logits.dtype == jnp.float32
 
 
 def test_a_convolution_has_a_bias_only_where_the_normalizer_has_none():

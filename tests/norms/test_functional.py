@@ -121,7 +121,7 @@ def test_the_shift_may_be_far_from_the_mean_when_the_first_rows_are_not_like_the
     values=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=30),
     offset=st.floats(-1e4, 1e4, width=32),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_values_at_any_offset_agree_with_float64(values, offset):
     x = np.asarray(values, np.float32) + np.float32(offset)
     found = moments(jnp.asarray(x)[:, None], (0,))
@@ -192,7 +192,7 @@ def test_merging_is_not_the_mean_of_the_variances():
 
 
 @given(cut=st.integers(0, 12))
-@settings(max_examples=13, deadline=None)
+@settings(max_examples=13)
 def test_any_split_merges_to_the_whole(cut):
     x = jax.random.normal(jax.random.key(3), (12, 4)) + 5
     first, second = (jnp.arange(12) < cut)[:, None], (jnp.arange(12) >= cut)[:, None]

@@ -366,22 +366,29 @@ def test_a_ramp_of_no_length_is_a_step():
     assert [float(module.limits(step)[0]) for step in (4, 5)] == [1, 3]
 
 
-def test_one_compiled_step_serves_the_whole_ramp():
+def test_the_limits_move_inside_one_compiled_step():
     """The count of updates is state, not a Python number: nothing is compiled anew."""
-    module = BatchRenorm(ramp_start_steps=1, r_ramp_end_steps=3, d_ramp_end_steps=3)
-    x = values()
-    traces = []
+    # Ramps from update 1: r_max over four updates to 3, d_max over two to 5. The batch ±4 + 100 is
+    # far above the state (0, 1), which momentum 1 holds there: both corrections are at their
+    # limits, and the output is ±r + d.
+    module = BatchRenorm(
+        ramp_start_steps=1, r_ramp_end_steps=5, d_ramp_end_steps=3, momentum=1.0, epsilon=0.0
+    )
+    x, traces = jnp.asarray([[96.0], [104.0]]), []
 
     @jax.jit
     def step(variables):
         traces.append(1)
-        _, updated = apply(module, x, variables=variables)
-        return {**variables, **updated}
+        y, updated = apply(module, x, variables=variables)
+        return y, {**variables, **updated}
 
     variables = module.init(jax.random.key(0), x, train=True)
-    for count in range(1, 6):
-        variables = step(variables)
+    found = []
+    for count in range(1, 8):
+        (low, high), variables = step(variables)
+        found.append(((high - low).item() / 2, (high + low).item() / 2))
         assert int(variables["batch_stats"]["step"]) == count
+    assert found == [(1, 0), (1, 0), (1.5, 2.5), (2, 5), (2.5, 5), (3, 5), (3, 5)]
     assert len(traces) == 1
 
 

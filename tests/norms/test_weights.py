@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from normlab.norms.scaled_weight_standardization import scaled_standardized_weights
 from normlab.norms.weight_centering import centered_weights
 from normlab.norms.weight_norm import data_dependent_start, normalized_weights, weight_norms
 from normlab.norms.weight_standardization import standardized_weights
 
-SHAPES = pytest.mark.parametrize("shape", [(3, 3, 2, 5), (1, 1, 7, 4), (6, 3)], ids=str)
+SHAPES = pytest.mark.parametrize(
+    "shape", [(3, 3, 2, 5), (1, 1, 7, 4), (6, 3), (5, 3, 2), (2, 3, 1, 2, 3)], ids=str
+)
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2), ("float16", 2e-3)]
 )
@@ -89,20 +94,43 @@ def test_weights_are_float32_at_least_and_near_the_exact_ones(name, dtype, toler
 
 
 @EVERY
-def test_gradients_equal_finite_differences(name):
+@pytest.mark.parametrize("shape", [(2, 2, 2, 3), (5, 1), (2, 2, 1, 2, 2)], ids=str)
+def test_gradients_by_kernel_and_gain_equal_finite_differences(name, shape):
     _, paper = METHODS[name]
-    shape = (2, 2, 2, 3)
     kernel, gain, direction = kernel_of(shape), gain_of(shape), kernel_of(shape, 2)
     with jax.enable_x64(True):
-        found = gradient_of(name, jnp.asarray(kernel), jnp.asarray(gain))
-    expected, h = np.zeros(shape), 1e-6
-    for place in np.ndindex(shape):
-        step = np.zeros(shape)
-        step[place] = h
-        around = (kernel + step, kernel - step)
-        ends = [np.sum(direction * over_units(paper, k, gain)) for k in around]
-        expected[place] = (ends[0] - ends[1]) / (2 * h)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+        found = gradients_of(name, jnp.asarray(kernel), jnp.asarray(gain))
+    for index, values in enumerate((kernel, gain)):
+        expected, h = np.zeros(values.shape), 1e-6
+        for place in np.ndindex(values.shape):
+            step = np.zeros(values.shape)
+            step[place] = h
+            ends = []
+            for moved in (values + step, values - step):
+                point = (moved, gain) if index == 0 else (kernel, moved)
+                ends.append(np.sum(direction * over_units(paper, *point)))
+            expected[place] = (ends[0] - ends[1]) / (2 * h)
+        np.testing.assert_allclose(found[index], expected, rtol=1e-6, atol=1e-8)
+
+
+@EVERY
+@settings(max_examples=10)
+@given(
+    values=arrays(np.float64, (3, 2, 4), elements=st.floats(-10, 10, width=32)),
+    offset=st.floats(-10, 10),
+)
+def test_any_weights_equal_the_papers(name, values, offset):
+    """Units of equal weights or of zeros have no direction: there the module says what it does."""
+    kernel = values + offset
+    flat = kernel.reshape(-1, 4)
+    size = np.linalg.norm(flat, axis=0) if name == "weight_norm" else flat.std(0)
+    usable = size > 1e-3
+    with jax.enable_x64(True):
+        found = METHODS[name][0](jnp.asarray(kernel), jnp.asarray(gain_of((4,))))
+    assert np.isfinite(found).all()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = over_units(METHODS[name][1], kernel, gain_of((4,)))
+    np.testing.assert_allclose(found[..., usable], expected[..., usable], rtol=1e-9, atol=1e-9)
 
 
 def test_weight_norm_by_hand():
@@ -140,9 +168,14 @@ def test_the_two_variances_differ_by_the_root_of_n_over_n_minus_one():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradient_of(name, kernel, gain):
+def gradients_of(name, kernel, gain):
+    """By kernel and by gain."""
     upstream = jnp.asarray(kernel_of(kernel.shape, 2), kernel.dtype)
-    return jax.grad(lambda k: jnp.sum(upstream * METHODS[name][0](k, gain)))(kernel)
+    return jax.grad(lambda k, g: jnp.sum(upstream * METHODS[name][0](k, g)), (0, 1))(kernel, gain)
+
+
+def gradient_of(name, kernel, gain):
+    return gradients_of(name, kernel, gain)[0]
 
 
 @EVERY

@@ -196,3 +196,28 @@ def test_the_moving_average_takes_weights_and_statistics_but_no_counter():
         np.testing.assert_allclose(average, 0.75 * x + 0.25 * y, rtol=1e-5, atol=1e-7)
     assert int(after.ema["batch_stats"]["norm1"]["step"]) == 1
     assert after.ema["batch_stats"]["norm1"]["step"].dtype == jnp.int32
+
+
+def test_the_limits_of_renormalization_move_from_step_to_step_of_one_trace():
+    """In the training step too: its losses leave batch normalization's once the ramp begins."""
+    fields = {"norm__ramp_start_steps": 2, "norm__r_ramp_end_steps": 4, "norm__d_ramp_end_steps": 4}
+    traces, losses = [], {}
+    for norm in ("batch_norm", "batch_renorm"):
+        parts = parts_of(norm, **(fields if norm == "batch_renorm" else {}))
+        train_step = make_train_step(parts.model, parts.direction, parts.schedule)
+
+        @jax.jit
+        def step(state, batch, train_step=train_step):
+            traces.append(1)
+            return train_step(state, batch)
+
+        state, sums = create_state(parts, Compiler()), [0.0]
+        for number in range(5):
+            state = step(state, batch(number))
+            sums.append(float(state.totals.loss))
+        losses[norm] = np.diff(sums)
+    assert len(traces) == 2  # one a normalizer
+    apart = np.abs(losses["batch_norm"] - losses["batch_renorm"])
+    # Updates 1 to 3 see the limits after 0, 1 and 2 updates: r = 1, d = 0.
+    np.testing.assert_allclose(apart[:3], 0, atol=1e-4)
+    assert apart[3:].min() > 1e-3
