@@ -78,7 +78,10 @@ class BatchLayerNorm(Normalizer):
         over="N; C",
         at_inference="running mean and variance; the same for C",
         passes=(3, 5),
-        equals=("layer_norm over the channel, over √C: a batch of one",),
+        equals=(
+            "layer_norm over the channel, over √C: a batch of one",
+            "batch_norm over √C: a batch of ten thousand",
+        ),
     )
 
     @nn.compact

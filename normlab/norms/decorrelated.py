@@ -35,7 +35,10 @@ class DecorrelatedBatchNorm(Whitening):
         over="N H W C/G",
         at_inference="running mean and whitening matrix",
         passes=(3, 5),
-        equals=("batch_norm in training: group_size 1",),
+        equals=(
+            "batch_norm in training: group_size 1",
+            "batch_norm in training: uncorrelated channels",
+        ),
     )
 
     def whitening(self, covariance: Array) -> Array:

@@ -56,7 +56,12 @@ class FilterResponseNorm(Normalizer):
 
     replaces_activation: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(
-        over="H W", passes=(2, 3), equals=("instance_norm without threshold: channels of mean 0",)
+        over="H W",
+        passes=(2, 3),
+        equals=(
+            "instance_norm without threshold: channels of mean 0",
+            "rms_norm without threshold: one channel",
+        ),
     )
 
     @nn.compact

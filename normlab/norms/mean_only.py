@@ -36,7 +36,12 @@ class MeanOnlyBatchNorm(Normalizer):
     device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
-    facts: ClassVar[Facts] = Facts(over="N H W", at_inference="running mean", passes=(3, 3))
+    facts: ClassVar[Facts] = Facts(
+        over="N H W",
+        at_inference="running mean",
+        passes=(3, 3),
+        equals=("batch_norm in training: a batch of deviation 1",),
+    )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

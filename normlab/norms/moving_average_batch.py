@@ -51,7 +51,10 @@ class MovingAverageBatchNorm(Normalizer):
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(
-        over="N H W and past batches", at_inference="running second moment", passes=(3, 5)
+        over="N H W and past batches",
+        at_inference="running second moment",
+        passes=(3, 5),
+        equals=("filter_response_norm without threshold, in its warm-up: a batch of one",),
     )
 
     @nn.compact

@@ -65,7 +65,10 @@ class BatchRenorm(Normalizer):
         over="N H W",
         at_inference="running mean and sigma",
         passes=(3, 5),
-        equals=("batch_norm in training: r_max 1 and d_max 0",),
+        equals=(
+            "batch_norm in training: r_max 1 and d_max 0",
+            "batch_norm in training: a state that is the batch's",
+        ),
     )
     measures: ClassVar[tuple[str, ...]] = ("r", "d", "clipped")
     fractions: ClassVar[Mapping[str, float]] = {
