@@ -1,6 +1,6 @@
 """Group Normalization. Wu & He 2018, arXiv:1803.08494.
 
-Mean and variance per example over H, W and the C/G channels of a group (eq. 4), the same in
+Mean and variance per example over H, W and the C/G channels of a group (eq. 7), the same in
 training and at inference; a gain and offset per channel. G = 1 is layer normalization over H, W and
 C, G = C instance normalization. ε is the paper's code's 1e-5; Flax has 1e-6.
 """
