@@ -1,0 +1,104 @@
+"""PyTorch's counterparts of normalizers, to be timed beside them. Imports torch only when called."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from normlab.environment import threads
+from normlab.errors import UserError
+
+Turn = Callable[[], float]
+
+COUNTERPARTS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+
+
+def require() -> None:
+    """Raises UserError if PyTorch is not installed; else it gets as many threads as XLA."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError("--against=torch needs PyTorch: pip install torch") from None
+    torch.set_num_threads(threads())
+
+
+def counterparts(
+    norm: str, fields: dict[str, Any], shape: tuple[int, ...], dtype: str
+) -> list[tuple[Turn, Turn]]:
+    """Returns (forward, forward and backward) for each memory layout; none if there is no such norm.
+
+    A turn makes one call and returns its seconds. Shapes are [N, ..., C] as in normlab; in memory
+    the channels come last or first.
+    """
+    if norm not in COUNTERPARTS:
+        return []
+    return [_turns(norm, fields, shape, dtype, last) for last in (True, False)]
+
+
+def _turns(
+    norm: str, fields: dict[str, Any], shape: tuple[int, ...], dtype: str, channels_last: bool
+) -> tuple[Turn, Turn]:
+    import torch
+
+    rng = np.random.default_rng(0)
+
+    def tensor() -> torch.Tensor:
+        values = rng.standard_normal(shape, np.float32)
+        made = torch.from_numpy(values).to(getattr(torch, dtype)).movedim(-1, 1)
+        return made if channels_last else made.contiguous()
+
+    x, dy = tensor(), tensor()
+    weight = torch.ones(shape[-1], requires_grad=True)
+    bias = torch.zeros(shape[-1], requires_grad=True)
+    function = _function(norm, fields, shape, weight, bias)
+
+    def forward() -> float:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            function(x)
+        return time.perf_counter() - begin
+
+    leaf = x.detach().requires_grad_()
+    inputs = [leaf, weight, *([] if norm == "rms_norm" else [bias])]
+
+    def both() -> float:
+        begin = time.perf_counter()
+        y = function(leaf)
+        gradient = torch.autograd.grad(y, inputs, dy)
+        seconds = time.perf_counter() - begin
+        del y, gradient
+        return seconds
+
+    return forward, both
+
+
+def _function(
+    norm: str, fields: dict[str, Any], shape: tuple[int, ...], weight: Any, bias: Any
+) -> Callable[[Any], Any]:
+    """Returns the function of x [N, C, ...] that does what the normalizer with these fields does."""
+    import torch
+    from torch.nn import functional
+
+    channels = shape[-1]
+    over_channels = fields.get("axes") == "channel"
+    per_channel = (channels, *[1] * (len(shape) - 2))
+    if norm == "batch_norm":
+        mean, var = torch.zeros(channels), torch.ones(channels)
+        return lambda x: functional.batch_norm(x, mean, var, weight, bias, training=True)
+    if norm == "instance_norm":
+        return lambda x: functional.instance_norm(x, weight=weight, bias=bias)
+    if norm == "group_norm":
+        groups = fields.get("num_groups", 32)
+        return lambda x: functional.group_norm(x, groups, weight, bias)
+    if norm == "layer_norm" and not over_channels:
+        return lambda x: functional.group_norm(x, 1, weight, bias)
+    if norm == "layer_norm":
+        return lambda x: functional.layer_norm(
+            x.movedim(1, -1), (channels,), weight, bias
+        ).movedim(-1, 1)
+    if over_channels:
+        return lambda x: functional.rms_norm(x.movedim(1, -1), (channels,), weight, 1e-5).movedim(
+            -1, 1
+        )
+    return lambda x: functional.rms_norm(x, list(x.shape[1:]), eps=1e-5) * weight.view(per_channel)

@@ -1,0 +1,288 @@
+"""How fast a normalizer is: time, bytes moved and memory, beside a plain copy of its input.
+
+A normalizer does little arithmetic, so what bounds it is how often its tensor crosses the memory
+bus. The least number of passes is known for a method (`least_passes`), and a copy is one read and
+one write; so `share` is the fraction of the copy's bandwidth at which the method's least traffic
+went: 1 is as fast as memory allows, and more means that a cache held what was counted as moved.
+
+All contenders take turns, round by round, so that a slow stretch of the machine meets each of them;
+quotients are taken within a round. Compare them, and not the milliseconds.
+"""
+
+import dataclasses
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from normlab.analysis import pytorch
+from normlab.norms import NORMS, Normalizer, split_state
+from normlab.training.memory import residual_bytes
+
+Shape = tuple[int, ...]
+
+SHAPES: dict[str, Shape] = {
+    "cifar_early": (128, 32, 32, 16),
+    "cifar_late": (128, 8, 8, 64),
+    "imagenet_early": (64, 56, 56, 256),
+    "imagenet_late": (256, 14, 14, 1024),
+    "tokens": (64, 197, 384),
+}
+"""Where normalizers stand: ResNet-20's first and last stage, ResNet-50's, a small transformer."""
+
+_TURN = 0.02  # seconds that a turn of a fast contender is filled up to, so that the clock is fine
+_MOST_CALLS = 20  # in a turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """One direction of one normalizer at one shape: `forward`, or `forward+backward`."""
+
+    seconds: float  # median over rounds
+    least_seconds: float  # of the fastest round
+    passes: int | None  # least number of times that the tensor is read or written; None: not known
+    bytes: int | None  # what these passes move
+    share: float | None  # of the bandwidth of a plain copy
+    temporary_bytes: int  # XLA's plan of the compiled program, inputs and outputs not counted
+    torch_seconds: float | None  # PyTorch's counterpart, the better of its memory layouts
+    torch_ratio: float | None  # normlab's time over PyTorch's: below 1 is faster
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One normalizer at one shape."""
+
+    norm: str  # config name
+    fields: dict[str, Any]  # that differ from the class's defaults
+    shape_name: str
+    shape: Shape
+    dtype: str
+    copy_seconds: float  # median, of a copy of x in the same rounds
+    kept_bytes: int  # of the forward pass for the backward one, besides x and the parameters
+    forward: Pace
+    forward_backward: Pace
+
+
+def measure(
+    names: Iterable[str], shape_name: str, shape: Shape, dtype: str, rounds: int, torch: bool
+) -> list[Row]:
+    """Returns a row a normalizer at one shape [N, ..., C], each timed in `rounds` rounds of turns.
+
+    `torch`: time PyTorch's counterparts, too.
+    """
+    x, dy = (_values(shape, dtype, seed) for seed in (0, 1))
+    turns = {"copy": _timed(_compiled(jnp.copy, x), x)}
+    layers = {name: _layer(name, shape, x, dy) for name in names}
+    for name, layer in layers.items():
+        turns[f"{name} forward"] = layer.forward
+        turns[f"{name} both"] = layer.both
+        if torch:
+            others = pytorch.counterparts(name, layer.fields, shape, dtype)
+            for index, (forward, both) in enumerate(others):
+                turns[f"{name} forward torch {index}"] = forward
+                turns[f"{name} both torch {index}"] = both
+    seconds = take_turns(turns, rounds)
+    return [
+        Row(
+            norm=name,
+            fields=layer.fields,
+            shape_name=shape_name,
+            shape=shape,
+            dtype=dtype,
+            copy_seconds=statistics.median(seconds["copy"]),
+            kept_bytes=layer.kept_bytes,
+            forward=_pace(seconds, name, "forward", layer, x.nbytes),
+            forward_backward=_pace(seconds, name, "both", layer, x.nbytes),
+        )
+        for name, layer in layers.items()
+    ]
+
+
+def least_passes(
+    norm: str, shape: Shape, itemsize: int, fields: dict[str, Any], cache: int
+) -> tuple[int, int] | None:
+    """Returns how often a method must read or write a tensor [N, ..., C] forward and backward.
+
+    `itemsize`: bytes of a value; `cache`: bytes that stay near a core between two passes. A method
+    that must see all of a group before it can write the first value reads it twice, unless the
+    group fits there:
+
+    * over the batch 3 (read; read and write) and 5 (read x and dy; read both and write dx);
+    * within an example or position 2 and 3 where a group fits in the cache, else as over the batch;
+    * by element 2 and 3.
+
+    None for the identity, which moves nothing, and for what has its own rule of the backward pass.
+    """
+    cls = NORMS[norm]
+    if norm == "none" or norm in _OWN_BACKWARD:
+        return None
+    if norm in _ELEMENTWISE:
+        return 2, 3
+    if cls.stateful:
+        # The L1 deviation needs the mean first; without a variance dx needs no x.
+        return {"l1_batch_norm": (4, 5), "mean_only_batch_norm": (3, 3)}.get(norm, (3, 5))
+    in_group = _group_values(norm, shape, fields)
+    return (2, 3) if in_group * itemsize <= cache else (3, 5)
+
+
+_OWN_BACKWARD = ("full_norm", "moving_average_batch_norm", "online_norm", "power_norm")
+_ELEMENTWISE = ("dyt", "derf")
+
+
+def _group_values(norm: str, shape: Shape, fields: dict[str, Any]) -> int:
+    """Returns how many values of x [N, ..., C] share a statistic, for one within an example."""
+    module = make(norm, fields)
+    if getattr(module, "axes", "all") == "channel":
+        return shape[-1]
+    positions = math.prod(shape[1:-1])
+    if norm in ("instance_norm", "filter_response_norm"):
+        return positions
+    return positions * shape[-1] // getattr(module, "num_groups", 1)
+
+
+def bench_fields(norm: str, shape: Shape) -> dict[str, Any]:
+    """Returns the fields with which a normalizer is timed at a shape, where not by default.
+
+    Tokens [N, T, C] are normalized over channels. Groups of channels are 32, or half as many as
+    there are channels: a group of one is instance normalization.
+    """
+    names = {field.name for field in dataclasses.fields(NORMS[norm])}
+    fields: dict[str, Any] = {}
+    if "axes" in names and len(shape) == 3:
+        fields["axes"] = "channel"
+    default = getattr(NORMS[norm], "num_groups", 1)
+    if default > 1:
+        wish = min(default, max(shape[-1] // 2, 1))
+        fields["num_groups"] = next(g for g in range(wish, 0, -1) if shape[-1] % g == 0)
+    return {name: value for name, value in fields.items() if value != getattr(NORMS[norm], name)}
+
+
+def make(norm: str, fields: dict[str, Any]) -> Normalizer:
+    """Returns the normalizer of a config name with these fields."""
+    return NORMS[norm](**fields)
+
+
+def cache_bytes() -> int:
+    """Returns the size of a core's own (second-level) cache; 1 MiB where Linux does not say."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii")
+    except OSError:
+        return 2**20
+    found = re.fullmatch(r"(\d+)([KM])", text.strip())
+    return int(found[1]) * {"K": 2**10, "M": 2**20}[found[2]] if found else 2**20
+
+
+def take_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds a call of each contender, one number a round, all in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            turn()  # untimed: meanwhile others had the caches and the threads
+            first = turn()
+            calls = min(_MOST_CALLS, int(_TURN / first))
+            seconds[name].append(min([first, *(turn() for _ in range(calls - 1))]))
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A normalizer at one shape, compiled."""
+
+    fields: dict[str, Any]
+    passes: tuple[int, int] | None
+    forward: Callable[[], float]
+    both: Callable[[], float]
+    temporary: dict[str, int]
+    kept_bytes: int
+
+
+def _layer(name: str, shape: Shape, x: jax.Array, dy: jax.Array) -> _Layer:
+    fields = bench_fields(name, shape)
+    module = make(name, fields)
+    variables = module.init(jax.random.key(0), x[:1], train=True)
+    params = variables.get("params", {})
+    backward_state, state = split_state(variables.get("batch_stats", {}))
+
+    def apply(params: Any, backward_state: Any, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        from normlab.norms import join_state
+
+        stats = join_state(state, backward_state)
+        y, updated = module.apply(
+            {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+        )
+        return y, updated
+
+    def both(params: Any, backward_state: Any, x: jax.Array, state: Any, dy: jax.Array) -> Any:
+        y, pullback, updated = jax.vjp(
+            lambda *inputs: apply(*inputs, state), params, backward_state, x, has_aux=True
+        )
+        # As in a network, the gradient comes when the output is there: one pass cannot make both.
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, pullback(dy), updated
+
+    def loss(inputs: Any, state: Any) -> tuple[jax.Array, Any]:
+        return apply(*inputs, state)
+
+    inputs = (params, backward_state, x, state)
+    run_forward, run_both = _compiled(apply, *inputs), _compiled(both, *inputs, dy)
+    return _Layer(
+        fields=fields,
+        passes=least_passes(name, shape, x.dtype.itemsize, fields, cache_bytes()),
+        forward=_timed(run_forward, *inputs),
+        both=_timed(run_both, *inputs, dy),
+        temporary={
+            "forward": run_forward.memory_analysis().temp_size_in_bytes,
+            "both": run_both.memory_analysis().temp_size_in_bytes,
+        },
+        kept_bytes=residual_bytes(loss, (params, backward_state, x), state),
+    )
+
+
+def _pace(
+    seconds: dict[str, list[float]], name: str, direction: str, layer: _Layer, nbytes: int
+) -> Pace:
+    own = seconds[f"{name} {direction}"]
+    passes = share = None
+    if layer.passes is not None:
+        passes = layer.passes[0] if direction == "forward" else sum(layer.passes)
+        share = min(seconds["copy"]) / min(own) * passes / 2
+    layouts = [times for key, times in seconds.items() if key.startswith(f"{name} {direction} ")]
+    torch = min(layouts, key=min, default=None)
+    return Pace(
+        seconds=statistics.median(own),
+        least_seconds=min(own),
+        passes=passes,
+        bytes=None if passes is None else passes * nbytes,
+        share=share,
+        temporary_bytes=layer.temporary[direction],
+        torch_seconds=None if torch is None else min(torch),
+        torch_ratio=None if torch is None else min(own) / min(torch),
+    )
+
+
+def _values(shape: Shape, dtype: DTypeLike, seed: int) -> jax.Array:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values, dtype)
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def _timed(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
+    """Returns a call of `function(*arguments)` that returns the seconds until its result is there."""
+
+    def turn() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        return time.perf_counter() - begin
+
+    return turn
