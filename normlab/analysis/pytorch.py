@@ -94,9 +94,9 @@ def _function(
     if norm == "layer_norm" and not over_channels:
         return lambda x: functional.group_norm(x, 1, weight, bias)
     if norm == "layer_norm":
-        return lambda x: functional.layer_norm(
-            x.movedim(1, -1), (channels,), weight, bias
-        ).movedim(-1, 1)
+        return lambda x: functional.layer_norm(x.movedim(1, -1), (channels,), weight, bias).movedim(
+            -1, 1
+        )
     if over_channels:
         return lambda x: functional.rms_norm(x.movedim(1, -1), (channels,), weight, 1e-5).movedim(
             -1, 1
