@@ -1,5 +1,6 @@
-"""PyTorch's counterparts of normalizers, to be timed beside them. Imports torch only when called."""
+"""PyTorch's counterparts of normalizers, timed beside them. Imports torch only when called."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +15,20 @@ Turn = Callable[[], float]
 COUNTERPARTS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
-def require() -> None:
-    """Raises UserError if PyTorch is not installed; else it gets as many threads as XLA."""
+def require() -> str:
+    """Gives PyTorch as many threads as XLA has; returns its version. UserError if it is absent."""
     try:
         import torch
     except ImportError:
         raise UserError("--against=torch needs PyTorch: pip install torch") from None
     torch.set_num_threads(threads())
+    return str(torch.__version__)
 
 
 def counterparts(
     norm: str, fields: dict[str, Any], shape: tuple[int, ...], dtype: str
 ) -> list[tuple[Turn, Turn]]:
-    """Returns (forward, forward and backward) for each memory layout; none if there is no such norm.
+    """Returns (forward, forward and backward) for each memory layout; none if PyTorch lacks it.
 
     A turn makes one call and returns its seconds. Shapes are [N, ..., C] as in normlab; in memory
     the channels come last or first.
@@ -41,14 +43,7 @@ def _turns(
 ) -> tuple[Turn, Turn]:
     import torch
 
-    rng = np.random.default_rng(0)
-
-    def tensor() -> torch.Tensor:
-        values = rng.standard_normal(shape, np.float32)
-        made = torch.from_numpy(values).to(getattr(torch, dtype)).movedim(-1, 1)
-        return made if channels_last else made.contiguous()
-
-    x, dy = tensor(), tensor()
+    x, dy = _tensors(shape, dtype, channels_last)
     weight = torch.ones(shape[-1], requires_grad=True)
     bias = torch.zeros(shape[-1], requires_grad=True)
     function = _function(norm, fields, shape, weight, bias)
@@ -73,10 +68,23 @@ def _turns(
     return forward, both
 
 
+@functools.lru_cache(maxsize=2)  # the two layouts of one shape
+def _tensors(shape: tuple[int, ...], dtype: str, channels_last: bool) -> tuple[Any, Any]:
+    """Returns x and dy [N, C, ...]; the channels are the last or the first in memory."""
+    import torch
+
+    made = []
+    for seed in (0, 1):
+        values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        tensor = torch.from_numpy(values).to(getattr(torch, dtype)).movedim(-1, 1)
+        made.append(tensor if channels_last else tensor.contiguous())
+    return made[0], made[1]
+
+
 def _function(
     norm: str, fields: dict[str, Any], shape: tuple[int, ...], weight: Any, bias: Any
 ) -> Callable[[Any], Any]:
-    """Returns the function of x [N, C, ...] that does what the normalizer with these fields does."""
+    """Returns the function of x [N, C, ...] that does what a normalizer with these fields does."""
     import torch
     from torch.nn import functional
 

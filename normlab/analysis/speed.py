@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from normlab.analysis import pytorch
-from normlab.norms import NORMS, Normalizer, split_state
+from normlab.errors import unknown
+from normlab.norms import NORMS, Normalizer, join_state, split_state
+from normlab.report.tables import NOTHING, Cell, Table
 from normlab.training.memory import residual_bytes
 
 Shape = tuple[int, ...]
@@ -44,31 +46,38 @@ _MOST_CALLS = 20  # in a turn
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """One direction of one normalizer at one shape: `forward`, or `forward+backward`."""
+    """One direction of one contender at one shape: `forward`, or `forward + backward`.
+
+    The machine may have other work, which only ever adds time. So quotients are of the fastest
+    rounds, on both sides.
+    """
 
     seconds: float  # median over rounds
     least_seconds: float  # of the fastest round
     passes: int | None  # least number of times that the tensor is read or written; None: not known
     bytes: int | None  # what these passes move
     share: float | None  # of the bandwidth of a plain copy
-    temporary_bytes: int  # XLA's plan of the compiled program, inputs and outputs not counted
-    torch_seconds: float | None  # PyTorch's counterpart, the better of its memory layouts
-    torch_ratio: float | None  # normlab's time over PyTorch's: below 1 is faster
+    torch_seconds: float | None = None  # PyTorch's fastest round, in the better memory layout
+    torch_ratio: float | None = None  # normlab's time over PyTorch's: below 1 is faster
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One normalizer at one shape."""
+    """One normalizer, or the copy, at one shape."""
 
-    norm: str  # config name
+    norm: str  # config name, or "copy"
     fields: dict[str, Any]  # that differ from the class's defaults
     shape_name: str
     shape: Shape
     dtype: str
-    copy_seconds: float  # median, of a copy of x in the same rounds
-    kept_bytes: int  # of the forward pass for the backward one, besides x and the parameters
     forward: Pace
-    forward_backward: Pace
+    both: Pace | None = None  # forward + backward; None for the copy
+    temporary_bytes: int = 0  # XLA's plan for forward + backward, inputs and outputs not counted
+    kept_bytes: int = 0  # what `jax.vjp` keeps for the backward pass, its inputs not counted
+
+    def figures(self) -> dict[str, Any]:
+        """Returns all of it as JSON has it."""
+        return dataclasses.asdict(self)
 
 
 def measure(
@@ -90,20 +99,69 @@ def measure(
                 turns[f"{name} forward torch {index}"] = forward
                 turns[f"{name} both torch {index}"] = both
     seconds = take_turns(turns, rounds)
-    return [
-        Row(
-            norm=name,
-            fields=layer.fields,
-            shape_name=shape_name,
-            shape=shape,
-            dtype=dtype,
-            copy_seconds=statistics.median(seconds["copy"]),
-            kept_bytes=layer.kept_bytes,
-            forward=_pace(seconds, name, "forward", layer, x.nbytes),
-            forward_backward=_pace(seconds, name, "both", layer, x.nbytes),
+    copy = _pace(seconds, "copy", 2, x.nbytes)
+    rows = [Row("copy", {}, shape_name, shape, dtype, copy)]
+    for name, layer in layers.items():
+        ahead, back = layer.passes or (None, None)
+        total = None if ahead is None or back is None else ahead + back
+        rows.append(
+            Row(
+                name,
+                layer.fields,
+                shape_name,
+                shape,
+                dtype,
+                _pace(seconds, f"{name} forward", ahead, x.nbytes),
+                _pace(seconds, f"{name} both", total, x.nbytes),
+                layer.temporary_bytes,
+                layer.kept_bytes,
+            )
         )
-        for name, layer in layers.items()
-    ]
+    return rows
+
+
+def parse_shape(text: str) -> Shape:
+    """Returns the shape of a name in `SHAPES`, or of sizes as in 8x4x4x16, channels last.
+
+    Raises UserError for anything else.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    sizes = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text)
+    if not sizes:
+        raise unknown("shape", text, SHAPES)
+    return tuple(map(int, text.split("x")))
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Returns the rows of one shape as a table. MiB moved are those of the least passes."""
+    with_torch = any(row.forward.torch_ratio is not None for row in rows)
+    columns = ["normalizer"]
+    for direction in ("forward", "with backward"):
+        columns += [f"{direction} ms", "MiB moved", "of copy"]
+        columns += ["× PyTorch"] * with_torch
+    columns += ["temporary MiB", "kept MiB"]
+    return Table(tuple(columns), tuple(_cells(row, with_torch) for row in rows))
+
+
+def _cells(row: Row, with_torch: bool) -> tuple[Cell, ...]:
+    name = " ".join([row.norm, *(f"{key}={value}" for key, value in row.fields.items())])
+    texts = [name]
+    for pace in (row.forward, row.both):
+        found = (None,) * 4 if pace is None else _texts(pace)
+        texts += [text or NOTHING for text in found[: 3 + with_torch]]
+    sizes = () if row.both is None else (row.temporary_bytes, row.kept_bytes)
+    texts += [f"{size / 2**20:.1f}" for size in sizes] or [NOTHING] * 2
+    return tuple(map(Cell, texts))
+
+
+def _texts(pace: Pace) -> tuple[str | None, ...]:
+    return (
+        f"{pace.seconds * 1e3:.2f}",
+        None if pace.bytes is None else f"{pace.bytes / 2**20:.1f}",
+        None if pace.share is None else f"{pace.share:.2f}",
+        None if pace.torch_ratio is None else f"{pace.torch_ratio:.2f}",
+    )
 
 
 def least_passes(
@@ -200,7 +258,7 @@ class _Layer:
     passes: tuple[int, int] | None
     forward: Callable[[], float]
     both: Callable[[], float]
-    temporary: dict[str, int]
+    temporary_bytes: int
     kept_bytes: int
 
 
@@ -212,8 +270,6 @@ def _layer(name: str, shape: Shape, x: jax.Array, dy: jax.Array) -> _Layer:
     backward_state, state = split_state(variables.get("batch_stats", {}))
 
     def apply(params: Any, backward_state: Any, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        from normlab.norms import join_state
-
         stats = join_state(state, backward_state)
         y, updated = module.apply(
             {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
@@ -238,33 +294,24 @@ def _layer(name: str, shape: Shape, x: jax.Array, dy: jax.Array) -> _Layer:
         passes=least_passes(name, shape, x.dtype.itemsize, fields, cache_bytes()),
         forward=_timed(run_forward, *inputs),
         both=_timed(run_both, *inputs, dy),
-        temporary={
-            "forward": run_forward.memory_analysis().temp_size_in_bytes,
-            "both": run_both.memory_analysis().temp_size_in_bytes,
-        },
+        temporary_bytes=run_both.memory_analysis().temp_size_in_bytes,
         kept_bytes=residual_bytes(loss, (params, backward_state, x), state),
     )
 
 
-def _pace(
-    seconds: dict[str, list[float]], name: str, direction: str, layer: _Layer, nbytes: int
-) -> Pace:
-    own = seconds[f"{name} {direction}"]
-    passes = share = None
-    if layer.passes is not None:
-        passes = layer.passes[0] if direction == "forward" else sum(layer.passes)
-        share = min(seconds["copy"]) / min(own) * passes / 2
-    layouts = [times for key, times in seconds.items() if key.startswith(f"{name} {direction} ")]
-    torch = min(layouts, key=min, default=None)
+def _pace(seconds: dict[str, list[float]], name: str, passes: int | None, nbytes: int) -> Pace:
+    own = seconds[name]
+    copy = min(seconds["copy"])
+    layouts = [times for key, times in seconds.items() if key.startswith(f"{name} torch ")]
+    torch = min(map(min, layouts), default=None)
     return Pace(
         seconds=statistics.median(own),
         least_seconds=min(own),
         passes=passes,
         bytes=None if passes is None else passes * nbytes,
-        share=share,
-        temporary_bytes=layer.temporary[direction],
-        torch_seconds=None if torch is None else min(torch),
-        torch_ratio=None if torch is None else min(own) / min(torch),
+        share=None if passes is None else copy / min(own) * passes / 2,
+        torch_seconds=torch,
+        torch_ratio=None if torch is None else min(own) / torch,
     )
 
 
@@ -278,7 +325,7 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
-    """Returns a call of `function(*arguments)` that returns the seconds until its result is there."""
+    """Returns a call that gives the seconds until the result of `function(*arguments)` is there."""
 
     def turn() -> float:
         begin = time.perf_counter()
