@@ -1,7 +1,6 @@
 """PyTorch's counterparts of normalizers, timed beside them. Imports torch only when called."""
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,20 +25,25 @@ def require() -> str:
 
 
 def counterparts(
-    norm: str, fields: dict[str, Any], shape: tuple[int, ...], dtype: str
+    norm: str, fields: dict[str, Any], shape: tuple[int, ...], dtype: str, clock: Turn
 ) -> list[tuple[Turn, Turn]]:
     """Returns (forward, forward and backward) for each memory layout; none if PyTorch lacks it.
 
-    A turn makes one call and returns its seconds. Shapes are [N, ..., C] as in normlab; in memory
+    A turn makes one call and returns its seconds by `clock`. Shapes are [N, ..., C] as in normlab; in memory
     the channels come last or first.
     """
     if norm not in COUNTERPARTS:
         return []
-    return [_turns(norm, fields, shape, dtype, last) for last in (True, False)]
+    return [_turns(norm, fields, shape, dtype, clock, last) for last in (True, False)]
 
 
 def _turns(
-    norm: str, fields: dict[str, Any], shape: tuple[int, ...], dtype: str, channels_last: bool
+    norm: str,
+    fields: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: str,
+    clock: Turn,
+    channels_last: bool,
 ) -> tuple[Turn, Turn]:
     import torch
 
@@ -49,19 +53,19 @@ def _turns(
     function = _function(norm, fields, shape, weight, bias)
 
     def forward() -> float:
-        begin = time.perf_counter()
+        begin = clock()
         with torch.no_grad():
             function(x)
-        return time.perf_counter() - begin
+        return clock() - begin
 
     leaf = x.detach().requires_grad_()
     inputs = [leaf, weight, *([] if norm == "rms_norm" else [bias])]
 
     def both() -> float:
-        begin = time.perf_counter()
+        begin = clock()
         y = function(leaf)
         gradient = torch.autograd.grad(y, inputs, dy)
-        seconds = time.perf_counter() - begin
+        seconds = clock() - begin
         del y, gradient
         return seconds
 

@@ -10,6 +10,7 @@ from normlab.errors import UserError, unknown
 
 HELP = "time the normalizers, forward and backward, beside a plain copy of their input"
 _CONTENDERS = ("torch",)
+_CLOCKS = ("wall", "cpu")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="float32", help="of the input: float32 or bfloat16")
     parser.add_argument("--rounds", type=int, default=11, help="turns of each contender (11)")
+    parser.add_argument(
+        "--clock", default="wall", help="wall, or cpu for a busy machine (then best with NPROC=1)"
+    )
     parser.add_argument("--against", metavar="torch", help="time PyTorch's counterparts, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures there")
     parser.add_argument("--markdown", action="store_true", help="print tables for a page")
@@ -44,10 +48,18 @@ def main(args: argparse.Namespace) -> int:
     machine = describe_machine()
     if args.against:
         machine["versions"]["torch"] = pytorch.require()
-    say(_machine_line(machine), sys.stdout)
+    say(f"{_machine_line(machine)}; {args.clock} clock", sys.stdout)
     measured = []
     for name, shape in shapes.items():
-        rows = speed.measure(names, name, shape, args.dtype, args.rounds, bool(args.against))
+        rows = speed.measure(
+            names,
+            name,
+            shape,
+            args.dtype,
+            args.rounds,
+            torch=bool(args.against),
+            clock=args.clock,
+        )
         measured += rows
         heading = f"{name}, {'×'.join(map(str, shape))} {args.dtype}"
         say(f"\n### {heading}\n" if args.markdown else f"\n{heading}", sys.stdout)
@@ -58,7 +70,11 @@ def main(args: argparse.Namespace) -> int:
             show(table, sys.stdout)
         sys.stdout.flush()
     if args.json:
-        figures = {"machine": machine, "rows": [row.figures() for row in measured]}
+        figures = {
+            "machine": machine,
+            "clock": args.clock,
+            "rows": [row.figures() for row in measured],
+        }
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -68,6 +84,8 @@ def _check(args: argparse.Namespace) -> None:
         raise unknown("benchmark", args.what, ("norms",))
     if args.dtype not in _DTYPES:
         raise unknown("dtype", args.dtype, _DTYPES)
+    if args.clock not in _CLOCKS:
+        raise unknown("clock", args.clock, _CLOCKS)
     if args.against is not None and args.against not in _CONTENDERS:
         raise unknown("contender", args.against, _CONTENDERS)
     if args.rounds < 1:

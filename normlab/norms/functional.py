@@ -10,8 +10,8 @@ keep their digits where the bare E[x²] − E[x]² cancels (at mean/std = 10⁴ 
 by a factor): if s is the mean of a fraction f of the values, then (mean − s)² ≤ var·(1 − f)/f
 whatever the data, because var contains the spread between the two parts. So f = 1/64 costs at most
 two of float32's seven digits, and no second pass over x is needed. The gradient takes two sums over
-the batch (of dy and of dy·(x − s)), where the textbook form takes three. It makes x − s again from x
-(`jax.checkpoint`), so the forward pass keeps x alone, and statistics.
+the batch (of dy and of dy·(x − s)), where the textbook form takes three. It makes x − s again
+(`jax.checkpoint`), so of the forward pass only x and statistics are kept.
 
 Source of shift and merge: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
 variance".
