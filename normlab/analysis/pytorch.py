@@ -29,8 +29,8 @@ def counterparts(
 ) -> list[tuple[Turn, Turn]]:
     """Returns (forward, forward and backward) for each memory layout; none if PyTorch lacks it.
 
-    A turn makes one call and returns its seconds by `clock`. Shapes are [N, ..., C] as in normlab; in memory
-    the channels come last or first.
+    A turn makes one call and returns its seconds by `clock`. Shapes are [N, ..., C] as in normlab;
+    in memory the channels come last or first.
     """
     if norm not in COUNTERPARTS:
         return []

@@ -280,33 +280,27 @@ def _layer(name: str, shape: Shape, x: jax.Array, dy: jax.Array, clock: Clock) -
     params = variables.get("params", {})
     backward_state, state = split_state(variables.get("batch_stats", {}))
 
-    def apply(params: Any, backward_state: Any, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        stats = join_state(state, backward_state)
-        y, updated = module.apply(
-            {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
-        )
+    def apply(inputs: Any, state: Any) -> tuple[jax.Array, Any]:
+        params, backward_state, x = inputs
+        variables = {"params": params, "batch_stats": join_state(state, backward_state)}
+        y, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
         return y, updated
 
-    def both(params: Any, backward_state: Any, x: jax.Array, state: Any, dy: jax.Array) -> Any:
-        y, pullback, updated = jax.vjp(
-            lambda *inputs: apply(*inputs, state), params, backward_state, x, has_aux=True
-        )
+    def both(inputs: Any, state: Any, dy: jax.Array) -> Any:
+        y, pullback, updated = jax.vjp(lambda inputs: apply(inputs, state), inputs, has_aux=True)
         # As in a network, the gradient comes when the output is there: one pass cannot make both.
         y, dy = jax.lax.optimization_barrier((y, dy))
         return y, pullback(dy), updated
 
-    def loss(inputs: Any, state: Any) -> tuple[jax.Array, Any]:
-        return apply(*inputs, state)
-
-    inputs = (params, backward_state, x, state)
-    run_forward, run_both = _compiled(apply, *inputs), _compiled(both, *inputs, dy)
+    inputs = (params, backward_state, x)
+    run_forward, run_both = _compiled(apply, inputs, state), _compiled(both, inputs, state, dy)
     return _Layer(
         fields=fields,
         passes=least_passes(name, shape, x.dtype.itemsize, fields, cache_bytes()),
-        forward=_timed(clock, run_forward, *inputs),
-        both=_timed(clock, run_both, *inputs, dy),
+        forward=_timed(clock, run_forward, inputs, state),
+        both=_timed(clock, run_both, inputs, state, dy),
         temporary_bytes=run_both.memory_analysis().temp_size_in_bytes,
-        kept_bytes=residual_bytes(loss, (params, backward_state, x), state),
+        kept_bytes=residual_bytes(apply, inputs, state),
     )
 
 

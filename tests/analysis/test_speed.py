@@ -119,7 +119,7 @@ def test_a_measurement_at_a_tiny_shape():
 
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "group_norm", "instance_norm"])
 def test_the_gradient_keeps_x_and_statistics_and_no_other_tensor(norm):
-    # 4·8·8·16 float32 are 16,384 bytes. Of 64 positions, an example's statistics are a sixty-fourth.
+    # 4·8·8·16 float32 are 16,384 bytes; a statistic of an example's channel is of 64 positions.
     shape = (4, 8, 8, 16)
     _, row = speed.measure([norm], "tiny", shape, "float32", rounds=1)
     # Of a batch in groups x itself is kept in another shape, and counts.
