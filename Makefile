@@ -46,8 +46,9 @@ lint: install-dev                     ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install                        ## a training step against plain Flax (and PyTorch if installed)
+bench: install                        ## a training step against plain Flax (and PyTorch if installed), and the usual normalizers
 	$(BIN)/python scripts/bench_step.py
+	$(BIN)/normlab bench norms --norms=batch_norm,layer_norm,rms_norm,group_norm,instance_norm
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -28,12 +28,13 @@ COMMANDS = {
     "status": "status",
     "watch": "watch",
     "inspect": "inspect",
+    "bench": "bench",
     "data": "data",
     "list": "names",
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""
 
-_COMPUTING = ("train", "compare", "sweep", "paper", "eval", "calibrate", "rerun")
+_COMPUTING = ("train", "compare", "sweep", "paper", "eval", "calibrate", "rerun", "bench")
 
 
 def entry() -> NoReturn:

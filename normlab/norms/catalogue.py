@@ -76,12 +76,12 @@ HEADER = ("normalizer", "shares statistics over", "state", "parameters", "at inf
 
 def cells(entry: Entry) -> tuple[str, ...]:
     """Returns an entry's cells under `HEADER`."""
-    forward, backward = entry.facts.passes
+    passes = entry.facts.passes
     return (
         entry.name,
         entry.facts.over or "–",
         ", ".join(entry.state) or "–",
         ", ".join(entry.parameters) or "–",
         entry.facts.at_inference,
-        f"{forward} + {backward}",
+        f"{passes[0]} + {passes[1]}" if passes else "–",
     )

@@ -68,7 +68,6 @@ class FullNorm(Normalizer):
     facts: ClassVar[Facts] = Facts(
         over="N H W and past batches",
         at_inference="the same running moments",
-        passes=(3, 5),
         equals=(
             "batch_norm in value and gradient: the batch is the data set",
             "batch_norm in training: momentum 0",

@@ -10,7 +10,8 @@ keep their digits where the bare E[x²] − E[x]² cancels (at mean/std = 10⁴ 
 by a factor): if s is the mean of a fraction f of the values, then (mean − s)² ≤ var·(1 − f)/f
 whatever the data, because var contains the spread between the two parts. So f = 1/64 costs at most
 two of float32's seven digits, and no second pass over x is needed. The gradient takes two sums over
-the batch (of dy and of dy·(x − s)), where the textbook form takes three.
+the batch (of dy and of dy·(x − s)), where the textbook form takes three. It makes x − s again
+(`jax.checkpoint`), so of the forward pass only x and statistics are kept.
 
 Source of shift and merge: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
 variance".
@@ -77,11 +78,19 @@ def moments(x: Array, axes: Axes, mask: Array | None = None, shift: Array | None
     """
     shift = rough_mean(x, axes, mask) if shift is None else shift
     count = _count(x, axes, mask)
-    centered = _masked(x.astype(statistics_dtype(x.dtype)) - shift, mask)
-    mean = _mean(centered, axes, count)
-    var = jnp.maximum(_mean(jnp.square(centered), axes, count) - jnp.square(mean), 0)
+    mean, square = _shifted_moments(x, shift, mask, count, axes)
+    var = jnp.maximum(square - jnp.square(mean), 0)
     mean = mean + shift if mask is None else jnp.where(count > 0, mean + shift, 0)
     return Moments(count=jnp.broadcast_to(count, mean.shape), mean=mean, var=var)
+
+
+@partial(jax.checkpoint, static_argnums=(4,))  # the gradient makes x − shift again from x
+def _shifted_moments(
+    x: Array, shift: Array, mask: Array | None, count: Array, axes: Axes
+) -> tuple[Array, Array]:
+    """Returns E[x − shift] and E[(x − shift)²]."""
+    centered = _masked(x.astype(statistics_dtype(x.dtype)) - shift, mask)
+    return _mean(centered, axes, count), _mean(jnp.square(centered), axes, count)
 
 
 def _count(x: Array, axes: Axes, mask: Array | None) -> Array:
@@ -223,6 +232,11 @@ def normalize(
     offset = (shift - mean) * slope
     if bias is not None:
         offset = offset + bias
+    return _shift_and_scale(x, shift, slope, offset)
+
+
+@jax.checkpoint  # the gradient makes x − shift again from x
+def _shift_and_scale(x: Array, shift: Array, slope: Array, offset: Array) -> Array:
     return (x.astype(statistics_dtype(x.dtype)) - shift) * slope + offset
 
 

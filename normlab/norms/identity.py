@@ -10,7 +10,7 @@ from normlab.norms.normalizer import Facts, Normalizer
 class Identity(Normalizer):
     """Returns its input: y = x."""
 
-    facts: ClassVar[Facts] = Facts(passes=(0, 0))
+    facts: ClassVar[Facts] = Facts()
 
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, ..., C] -> x."""

@@ -49,7 +49,7 @@ class L1BatchNorm(Normalizer):
     facts: ClassVar[Facts] = Facts(
         over="N H W",
         at_inference="running mean and sigma",
-        passes=(3, 5),
+        passes=(4, 5),
         equals=("batch_norm up to its epsilon: Gaussian values",),
     )
 

@@ -20,7 +20,6 @@ from normlab.norms.examples import (
     prepare,
     standardize_channels,
 )
-from normlab.norms.functional import affine
 from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
 
 
@@ -61,5 +60,5 @@ class LayerNorm(Normalizer):
         if over_all:
             y = normalize_groups(self, x, 1, mask, scale, bias)
         else:
-            y = affine(standardize_channels(self, x, center=True), scale, bias)
+            y = standardize_channels(self, x, scale, bias, center=True)
         return y.astype(output_dtype(self, x))

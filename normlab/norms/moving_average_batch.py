@@ -53,7 +53,6 @@ class MovingAverageBatchNorm(Normalizer):
     facts: ClassVar[Facts] = Facts(
         over="N H W and past batches",
         at_inference="running second moment",
-        passes=(3, 5),
         equals=("filter_response_norm without threshold, in its warm-up: a batch of one",),
     )
 

@@ -18,7 +18,10 @@ class Facts(NamedTuple):
 
     over: str = ""  # axes of x [N, H, W, C] that share a statistic in training; C/G: in groups
     at_inference: str = "the same"  # what stands in for these statistics
-    passes: tuple[int, int] = (0, 0)  # least reads and writes of a tensor, forward and backward
+    passes: tuple[int, int] | None = None
+    """Least reads and writes of a tensor, forward and backward, where groups of an example fit in a
+    cache and a batch does not: over the batch 3 (read; read and write) and 5 (read x and dy; read
+    both and write dx), else 2 and 3. None: no tensor is moved, or by a rule of its own."""
     equals: tuple[str, ...] = ()  # limiting cases: another normalizer, and when it is that
 
 

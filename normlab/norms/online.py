@@ -66,9 +66,7 @@ class OnlineNorm(Normalizer):
     bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
-    facts: ClassVar[Facts] = Facts(
-        over="examples before", at_inference="running mean and variance", passes=(2, 3)
-    )
+    facts: ClassVar[Facts] = Facts(over="examples before", at_inference="running mean and variance")
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -63,7 +63,6 @@ class PowerNorm(Normalizer):
     facts: ClassVar[Facts] = Facts(
         over="C/G; N H W and past batches",
         at_inference="running second moment",
-        passes=(3, 5),
         equals=("moving_average_batch_norm in the warm-up of both: without group_scaling",),
     )
     fractions: ClassVar[Mapping[str, float]] = {"warmup": 1 / 30}  # 10k of 300k steps (unverified)

@@ -56,7 +56,7 @@ class RMSNorm(Normalizer):
             square = mean_square(x, tuple(range(1, x.ndim)), mask)
             note_nonfinite(self, jnp.isfinite(square).all())
             x_hat = x.astype(statistics_dtype(x.dtype)) * jax.lax.rsqrt(square + self.epsilon)
+            y = affine(x_hat, scale, bias)
         else:
-            x_hat = standardize_channels(self, x, center=False)
-        y = affine(x_hat, scale, bias)
+            y = standardize_channels(self, x, scale, bias, center=False)
         return y.astype(output_dtype(self, x))
