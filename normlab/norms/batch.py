@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import weigh_example
 from normlab.norms.functional import (
@@ -38,11 +37,11 @@ from normlab.norms.functional import (
     statistics_dtype,
     unbiased,
 )
-from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_averages, sow_moments
+from normlab.norms.normalizer import Facts, output_dtype, scale_and_bias
 
 
-class BatchNorm(Normalizer):
+class BatchNorm(BatchNormalizer):
     """Normalizes each channel over a group of examples; running averages at inference.
 
     State: `mean`, `var` [C], float32 at least; with `zero_debias` also `step`, int32, updates made.
@@ -53,16 +52,6 @@ class BatchNorm(Normalizer):
     running_variance: str = "biased"  # what is averaged: biased (Flax) or unbiased (paper, PyTorch)
     zero_debias: bool = False  # averages that forget their start: after one step the batch's own
     inference_weight: float = 0.0  # of an example's own moments at inference; 0: running ones alone
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

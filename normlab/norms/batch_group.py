@@ -17,16 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import weigh_example
 from normlab.norms.functional import Moments, normalize, pool_channels, statistics_dtype
 from normlab.norms.group import divide_channels, settled_groups
-from normlab.norms.groups import group_batch, moving_moments, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_moments, sow_moments
+from normlab.norms.normalizer import Facts, output_dtype, scale_and_bias
 
 
-class BatchGroupNorm(Normalizer):
+class BatchGroupNorm(BatchNormalizer):
     """Normalizes groups of channels over a group of examples; running moments at inference.
 
     State: `mean`, `var` [C], float32 at least.
@@ -37,16 +36,6 @@ class BatchGroupNorm(Normalizer):
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to the variance, inside the root
     inference_weight: float = 0.0  # of an example's own moments at inference; 0: running ones alone
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     stateful: ClassVar[bool] = True

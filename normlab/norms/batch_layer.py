@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.functional import (
     Moments,
@@ -36,18 +35,19 @@ from normlab.norms.functional import (
     unbiased,
 )
 from normlab.norms.groups import (
+    BatchNormalizer,
     GroupedBatch,
     Grouping,
     group_batch,
     moving_averages,
     sow_moments,
 )
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import Facts, output_dtype, scale_and_bias
 
 DELTA = 1e-4
 
 
-class BatchLayerNorm(Normalizer):
+class BatchLayerNorm(BatchNormalizer):
     """A mixture of layer and batch normalization, weighted by the inverse of the batch's size.
 
     State: `mean`, `var` [..., C] of each position, `feature_mean`, `feature_var` [..., 1], float32
@@ -62,16 +62,6 @@ class BatchLayerNorm(Normalizer):
     population_feature_mean: bool = False  # inference: the running mean of features, not their own
     population_feature_var: bool = False  # inference: their running variance, not their own
     running_variance: str = "unbiased"  # what is averaged of the batch: unbiased (paper) or biased
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

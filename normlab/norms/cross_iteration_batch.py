@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.backward import share_of_mean
 from normlab.norms.functional import Moments, normalize, pool_moments, statistics_dtype
@@ -42,16 +41,15 @@ from normlab.norms.groups import (
     sow_moments,
 )
 from normlab.norms.normalizer import (
+    AffineNormalizer,
     Facts,
-    Initializer,
     LayerBefore,
-    Normalizer,
     output_dtype,
     scale_and_bias,
 )
 
 
-class CrossIterationBatchNorm(Normalizer):
+class CrossIterationBatchNorm(AffineNormalizer):
     """Normalizes each channel over the last batches, brought up to the weights of now.
 
     State: `mean`, `var` [C], `window_mean`, `window_var` [K, C] with K = window − 1, and after a
@@ -63,12 +61,6 @@ class CrossIterationBatchNorm(Normalizer):
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to the variance, inside the root
     burn_in_steps: int = 0  # updates of plain batch normalization
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

@@ -13,26 +13,24 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import prepare
 from normlab.norms.functional import affine, statistics_dtype
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class DynamicTanh(Normalizer):
+class DynamicTanh(AffineNormalizer):
     """Squashes each value by tanh with a learned slope. No state, no statistics.
 
     Parameters: `alpha` [], `scale`, `bias` [C].
     """
 
     initial_alpha: float = 0.5  # slope at the start
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     replaces_bias: ClassVar[bool] = False  # an offset behind the bend moves no threshold
     facts: ClassVar[Facts] = Facts(passes=(2, 3))

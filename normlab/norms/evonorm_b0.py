@@ -19,23 +19,20 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import position_axes, prepare
 from normlab.norms.functional import Moments, affine, moments, statistics_dtype
-from normlab.norms.groups import group_batch, moving_averages, sow_moments, split
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_averages, sow_moments, split
 from normlab.norms.normalizer import (
     Activation,
     Facts,
-    Initializer,
-    Normalizer,
     note_nonfinite,
     output_dtype,
     scale_and_bias,
 )
 
 
-class EvoNormB0(Normalizer):
+class EvoNormB0(BatchNormalizer):
     """Divides x by the larger of the batch's deviation and v x plus the example's.
 
     State: `var` [C], float32 at least. Parameters: `scale`, `bias` [C], with an activation `v` [C].
@@ -43,17 +40,7 @@ class EvoNormB0(Normalizer):
 
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to the variances, inside the roots
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
     activation: Activation | None = nn.relu  # the model's, which it replaces whatever it is
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

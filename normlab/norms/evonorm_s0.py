@@ -20,22 +20,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import group_moments, prepare
 from normlab.norms.functional import affine, statistics_dtype
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.normalizer import (
     Activation,
+    AffineNormalizer,
     Facts,
-    Initializer,
-    Normalizer,
     output_dtype,
     scale_and_bias,
 )
 
 
-class EvoNormS0(Normalizer):
+class EvoNormS0(AffineNormalizer):
     """Divides x σ(v x) by the deviation of a group of channels of the example. No state.
 
     Parameters: `scale`, `bias` [C], with an activation `v` [C].
@@ -43,12 +41,6 @@ class EvoNormS0(Normalizer):
 
     num_groups: int = 32  # groups of channels
     epsilon: float = 1e-5  # added to the variance, inside the root
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
     activation: Activation | None = nn.relu  # the model's, which it replaces whatever it is
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 

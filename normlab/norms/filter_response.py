@@ -20,15 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import position_axes, prepare
 from normlab.norms.functional import affine, mean_square, statistics_dtype
 from normlab.norms.normalizer import (
     Activation,
+    AffineNormalizer,
     Facts,
-    Initializer,
-    Normalizer,
     note_nonfinite,
     output_dtype,
     scale_and_bias,
@@ -37,7 +35,7 @@ from normlab.norms.normalizer import (
 LEARN_EPSILON = ("never", "single", "always")
 
 
-class FilterResponseNorm(Normalizer):
+class FilterResponseNorm(AffineNormalizer):
     """Divides each channel of each example by its root mean square over positions. No state.
 
     Parameters: `scale`, `bias` [C], with an activation `tau` [C], with a learned ε
@@ -46,12 +44,6 @@ class FilterResponseNorm(Normalizer):
 
     epsilon: float = 1e-6  # added to the mean square, inside the root
     learn_epsilon: str = "single"  # learn more of it: never, single (maps of one position), always
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
     activation: Activation | None = nn.relu  # the model's, which it replaces whatever it is
 
     replaces_activation: ClassVar[bool] = True

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.backward import share_of_mean
 from normlab.norms.functional import (
@@ -45,10 +44,15 @@ from normlab.norms.groups import (
     moving_moments,
     sow_moments,
 )
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class FullNorm(Normalizer):
+class FullNorm(AffineNormalizer):
     """Normalizes each channel by running estimates of the data set's moments, in training too.
 
     State: `mean`, `var`, `backward_mean`, `backward_var` [C], float32 at least, and `step`, int32,
@@ -57,12 +61,6 @@ class FullNorm(Normalizer):
 
     momentum: float = 0.9  # weight of the old value in the running estimates
     epsilon: float = 1e-5  # added to the variance, inside the root
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

@@ -9,24 +9,22 @@ from typing import ClassVar
 
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import normalize_groups, prepare
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class GroupNorm(Normalizer):
+class GroupNorm(AffineNormalizer):
     """Normalizes each example over groups of channels. No state."""
 
     num_groups: int = 32  # groups of channels; ignored if group_size is set
     group_size: int | None = None  # channels in a group, in place of num_groups
     epsilon: float = 1e-5  # added to the variance, inside the root
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     facts: ClassVar[Facts] = Facts(

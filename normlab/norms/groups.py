@@ -26,7 +26,7 @@ from normlab.norms.functional import (
     psum_moments,
     rough_mean,
 )
-from normlab.norms.normalizer import note_nonfinite
+from normlab.norms.normalizer import AffineNormalizer, note_nonfinite
 
 SCOPES = ("global", "device", "ghost")
 
@@ -91,7 +91,19 @@ def _check_divides(groups: int, batch_size: int, what: str) -> None:
         raise ValueError(f"{groups} {what} do not divide the batch of {batch_size}")
 
 
-def grouping_of(module: nn.Module, batch_size: int) -> Grouping:
+class BatchNormalizer(AffineNormalizer):
+    """Base of the normalizers whose statistics are over groups of examples: the scope's fields.
+
+    `NormFactory` sets them, from `config.batch_stats`.
+    """
+
+    stats_scope: str = "global"  # statistics over: global, device, ghost
+    ghost_size: int | None = None  # examples in a group of scope ghost
+    axis_name: str | None = None  # device axis under pmap or shard_map
+    device_groups: int = 1  # groups of scope device under jit
+
+
+def grouping_of(module: BatchNormalizer, batch_size: int) -> Grouping:
     """Returns the grouping that a module's scope fields ask for.
 
     While variables are made there is one group: a dummy batch of any size will do, and no axis.
@@ -172,7 +184,9 @@ def group_batch(
     moments have the covariance of groups of `covariance_of` channels, if that is given.
     """
     mask = expand_mask(mask, x.shape)
-    grouping = grouping or grouping_of(module, x.shape[0])
+    if grouping is None:
+        assert isinstance(module, BatchNormalizer)
+        grouping = grouping_of(module, x.shape[0])
     values = split(finite_where_masked(x, mask), grouping.num_groups)
     axes = (1,) if positions_apart else tuple(range(1, values.ndim - 1))
     if mask is not None:

@@ -9,22 +9,20 @@ from typing import ClassVar
 
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import normalize_groups, prepare
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class InstanceNorm(Normalizer):
+class InstanceNorm(AffineNormalizer):
     """Normalizes each channel of each example over its positions. No state."""
 
     epsilon: float = 1e-5  # added to the variance, inside the root
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     facts: ClassVar[Facts] = Facts(
         over="H W",

@@ -17,16 +17,15 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, normalize, statistics_dtype
-from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_averages, sow_moments
+from normlab.norms.normalizer import Facts, output_dtype, scale_and_bias
 
 GAUSSIAN = math.sqrt(math.pi / 2)  # standard deviation over mean absolute deviation
 
 
-class L1BatchNorm(Normalizer):
+class L1BatchNorm(BatchNormalizer):
     """Batch normalization by the mean absolute deviation.
 
     State: `mean`, `sigma` [C], float32 at least; sigma without epsilon.
@@ -34,16 +33,6 @@ class L1BatchNorm(Normalizer):
 
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to the deviation
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import (
     check_axes,
@@ -20,21 +19,20 @@ from normlab.norms.examples import (
     prepare,
     standardize_channels,
 )
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class LayerNorm(Normalizer):
+class LayerNorm(AffineNormalizer):
     """Normalizes each example (or position) over its own features. No state."""
 
     axes: str = "all"  # statistics over: all (H, W, C of an example) or channel (last axis)
     epsilon: float = 1e-5  # added to the variance, inside the root
     elementwise: bool = False  # a gain and offset per element instead of per channel
-    use_scale: bool = True  # learn a gain
-    use_bias: bool = True  # learn an offset
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     facts: ClassVar[Facts] = Facts(
         over="H W C",

@@ -10,14 +10,13 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, normalize, statistics_dtype
-from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_averages, sow_moments
+from normlab.norms.normalizer import Facts, output_dtype, scale_and_bias
 
 
-class MeanOnlyBatchNorm(Normalizer):
+class MeanOnlyBatchNorm(BatchNormalizer):
     """Centers each channel over a group of examples; the running mean at inference.
 
     State: `mean` [C], float32 at least.
@@ -25,15 +24,6 @@ class MeanOnlyBatchNorm(Normalizer):
 
     momentum: float = 0.9  # weight of the old value in the running mean
     use_scale: bool = False  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

@@ -21,15 +21,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.backward import share_of_mean
 from normlab.norms.functional import Moments, affine, ema, statistics_dtype
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class MovingAverageBatchNorm(Normalizer):
+class MovingAverageBatchNorm(AffineNormalizer):
     """Divides each channel by its root mean square over the last batches, forward and backward.
 
     State: `second_moment` [C], `window`, `backward_window` [K, C], float32 at least, and `step`,
@@ -42,12 +46,6 @@ class MovingAverageBatchNorm(Normalizer):
     warmup_steps: int = 100  # updates with the batch's own statistics
     correction_start_steps: int = 1000  # updates without correction towards the running average
     correction_max: float = 5.0  # largest correction, and its inverse the smallest
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

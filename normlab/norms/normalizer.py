@@ -60,8 +60,21 @@ class Normalizer(nn.Module):
         return ""
 
 
-def scale_and_bias(module: nn.Module, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:
-    """Declares the parameters `scale` and `bias` of a module that has the common fields.
+class AffineNormalizer(Normalizer):
+    """Base of all but the identity: the common fields."""
+
+    use_scale: bool = True  # learn a gain per channel
+    use_bias: bool = True  # learn an offset per channel
+    dtype: DTypeLike | None = None  # of the output; none: the input's
+    param_dtype: DTypeLike = "float32"  # of the parameters
+    scale_init: Initializer = nn.initializers.ones
+    bias_init: Initializer = nn.initializers.zeros
+
+
+def scale_and_bias(
+    module: AffineNormalizer, shape: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """Declares the parameters `scale` and `bias`.
 
     Returns None for one that the module does without. Call it inside a compact method.
     """
@@ -94,6 +107,6 @@ def measure(module: nn.Module, **values: Array) -> None:
             module.sow("measures", name, value, reduce_fn=lambda _, new: new)
 
 
-def output_dtype(module: nn.Module, x: Array) -> DTypeLike:
+def output_dtype(module: AffineNormalizer, x: Array) -> DTypeLike:
     """Returns the module's `dtype`, or the input's where none is set."""
     return x.dtype if module.dtype is None else module.dtype

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import position_axes, prepare
 from normlab.norms.functional import (
@@ -41,12 +40,17 @@ from normlab.norms.functional import (
     statistics_dtype,
 )
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 CONTROLS = ("clamp", "scale", "none")
 
 
-class OnlineNorm(Normalizer):
+class OnlineNorm(AffineNormalizer):
     """Normalizes each example by the running statistics of those before it.
 
     State: `mean`, `var`, `backward_mean` (u), `backward_projection` (v) [C], float32 at least. The
@@ -58,12 +62,6 @@ class OnlineNorm(Normalizer):
     epsilon: float = 1e-5  # added to the variance, inside the root
     control: str = "clamp"  # what holds the output: clamp, scale (to mean square 1), none
     limit: float = 5.0  # largest output, where it is clamped
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(over="examples before", at_inference="running mean and variance")

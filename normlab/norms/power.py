@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.backward import share_of_mean
 from normlab.norms.functional import (
@@ -35,10 +34,15 @@ from normlab.norms.functional import (
 )
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.normalizer import (
+    AffineNormalizer,
+    Facts,
+    output_dtype,
+    scale_and_bias,
+)
 
 
-class PowerNorm(Normalizer):
+class PowerNorm(AffineNormalizer):
     """Divides each channel by a running root mean square, forward and backward.
 
     State: `second_moment` (ψ²), `backward_projection` (ν) [C], float32 at least, and `step`, int32,
@@ -51,12 +55,6 @@ class PowerNorm(Normalizer):
     warmup_steps: int = 10_000  # updates normalized by the batch's own second moment
     group_scaling: bool = True  # first divide by the root mean square of groups of channels
     num_groups: int = 1  # groups of channels of the scaling
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     stateful: ClassVar[bool] = True

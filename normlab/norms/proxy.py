@@ -30,9 +30,8 @@ from normlab.norms.functional import affine
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.normalizer import (
     Activation,
+    AffineNormalizer,
     Facts,
-    Initializer,
-    Normalizer,
     output_dtype,
     scale_and_bias,
 )
@@ -40,7 +39,7 @@ from normlab.norms.normalizer import (
 QUANTILES = 200
 
 
-class ProxyNorm(Normalizer):
+class ProxyNorm(AffineNormalizer):
     """Layer or group normalization, then an activation normalized by its Gaussian proxy. No state.
 
     Parameters: `scale`, `bias` [C], with an activation `proxy_scale` (γ̃) and `proxy_bias` (β̃) [C].
@@ -49,12 +48,6 @@ class ProxyNorm(Normalizer):
     num_groups: int = 1  # groups of channels; 1: layer normalization over all
     epsilon: float = 1e-5  # added to the variance, inside the root
     proxy_epsilon: float = 0.03  # added to the proxy's variance, inside the root
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
     activation: Activation | None = nn.relu  # the model's, which it applies and normalizes
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 

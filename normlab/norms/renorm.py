@@ -22,21 +22,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, affine, normalize, statistics_dtype
-from normlab.norms.groups import gathers_moments, group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import (
-    Facts,
-    Initializer,
-    Normalizer,
-    measure,
-    output_dtype,
-    scale_and_bias,
+from normlab.norms.groups import (
+    BatchNormalizer,
+    gathers_moments,
+    group_batch,
+    moving_averages,
+    sow_moments,
 )
+from normlab.norms.normalizer import Facts, measure, output_dtype, scale_and_bias
 
 
-class BatchRenorm(Normalizer):
+class BatchRenorm(BatchNormalizer):
     """Batch normalization corrected towards the running statistics, in training too.
 
     State: `mean`, `sigma` [C], float32 at least, and `step`, int32, the number of updates.
@@ -49,16 +47,6 @@ class BatchRenorm(Normalizer):
     ramp_start_steps: int = 5_000  # updates of plain batch normalization (r = 1, d = 0)
     r_ramp_end_steps: int = 40_000  # update at which r_max has its value
     d_ramp_end_steps: int = 25_000  # update at which d_max has its value
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

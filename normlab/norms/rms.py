@@ -9,32 +9,25 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import check_axes, prepare, standardize_channels
 from normlab.norms.functional import affine, mean_square, statistics_dtype
 from normlab.norms.normalizer import (
+    AffineNormalizer,
     Facts,
-    Initializer,
-    Normalizer,
     note_nonfinite,
     output_dtype,
     scale_and_bias,
 )
 
 
-class RMSNorm(Normalizer):
+class RMSNorm(AffineNormalizer):
     """Divides each example (or position) by the root mean square of its features. No state."""
 
     axes: str = "all"  # statistics over: all (H, W, C of an example) or channel (last axis)
     epsilon: float = 1e-5  # added to the mean square, inside the root
     elementwise: bool = False  # a gain per element instead of per channel
-    use_scale: bool = True  # learn a gain
     use_bias: bool = False  # learn an offset; the paper has none
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of scale and bias
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
 
     facts: ClassVar[Facts] = Facts(
         over="H W C", passes=(2, 3), equals=("layer_norm: values of mean 0",)

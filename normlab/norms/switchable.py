@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
 
 from normlab.norms.examples import group_moments, position_axes, prepare
 from normlab.norms.functional import Moments, normalize, statistics_dtype
-from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Facts, Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_averages, sow_moments
+from normlab.norms.normalizer import Facts, output_dtype, scale_and_bias
 
 
-class SwitchableNorm(Normalizer):
+class SwitchableNorm(BatchNormalizer):
     """Normalizes by learned mixtures of instance, layer and batch statistics.
 
     State: `mean`, `var` [C], float32 at least. Parameters: `scale`, `bias` [C], `mean_weight` and
@@ -37,16 +36,6 @@ class SwitchableNorm(Normalizer):
 
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to the variance, inside the root
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
 
     stateful: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(

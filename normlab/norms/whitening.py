@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 
 from normlab.norms.functional import Moments, affine, statistics_dtype
 from normlab.norms.group import divisor, settled
-from normlab.norms.groups import group_batch, moving_averages, sow_moments
-from normlab.norms.normalizer import Initializer, Normalizer, output_dtype, scale_and_bias
+from normlab.norms.groups import BatchNormalizer, group_batch, moving_averages, sow_moments
+from normlab.norms.normalizer import output_dtype, scale_and_bias
 
 
-class Whitening(Normalizer):
+class Whitening(BatchNormalizer):
     """Whitens groups of channels over a group of examples; running averages at inference.
 
     A subclass says what the whitening matrix is. State: `mean` [C] and `whitening` [C/D, D, D],
@@ -29,16 +29,6 @@ class Whitening(Normalizer):
     group_size: int = 16  # channels that are whitened together; fewer if there are no more
     momentum: float = 0.9  # weight of the old value in the running averages
     epsilon: float = 1e-5  # added to each channel's variance
-    use_scale: bool = True  # learn a gain per channel
-    use_bias: bool = True  # learn an offset per channel
-    dtype: DTypeLike | None = None  # of the output; none: the input's
-    param_dtype: DTypeLike = "float32"  # of the parameters
-    scale_init: Initializer = nn.initializers.ones
-    bias_init: Initializer = nn.initializers.zeros
-    stats_scope: str = "global"  # statistics over: global, device, ghost
-    ghost_size: int | None = None  # examples in a group of scope ghost
-    axis_name: str | None = None  # device axis under pmap or shard_map
-    device_groups: int = 1  # groups of scope device under jit
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     stateful: ClassVar[bool] = True
