@@ -21,6 +21,7 @@ from normlab.norms import NORMS, BatchNorm, NormFactory
 FIXED = (
     "batch_norm",
     "batch_renorm",
+    "cross_iteration_batch_norm",
     "l1_batch_norm",
     "mean_only_batch_norm",
     "batch_group_norm",
