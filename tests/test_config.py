@@ -22,6 +22,7 @@ from normlab.models import MODELS
 from normlab.norms import NORMS
 from normlab.optim import OPTIMIZERS
 from normlab.run_length import RunLength
+from normlab.training.setup import build_parts
 
 CONFIGS = sorted(
     path.stem for path in Path("configs").glob("*.py") if path.stem not in ("__init__", "base")
@@ -318,3 +319,24 @@ def test_every_field_has_a_meaning(choice):
     config = load_config(f"configs/cifar10.py:{choice}")
     meaning = field_meanings(config)
     assert [name for name in flatten(config) if not meaning.get(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("norm", "field", "value", "expected"),
+    [
+        ("proxy_norm", "norm.proxy_epsilon", -1.0, "'norm.proxy_epsilon' = -1.0 must be 0.0 or"),
+        ("online_norm", "norm.backward_momentum", 2.0, "must be from 0.0 to 1.0"),
+        ("online_norm", "norm.limit", -1.0, "'norm.limit' = -1.0"),
+        ("online_norm", "norm.control", "clmp", "section 'norm'.*control 'clmp' is none of clamp"),
+        ("batch_norm", "norm.inference_weight", 5.0, "must be from 0.0 to 1.0"),
+        ("batch_norm", "norm.dtype", "int8", "'norm.dtype' 'int8'"),
+        ("batch_norm", "norm.param_dtype", "flot32", "'norm.param_dtype' 'flot32'.*'float32'"),
+        ("moving_average_batch_norm", "norm.correction_max", 0.5, "must be 1.0 or more"),
+        ("moving_average_batch_norm", "norm.window", 0, "'norm.window' = 0 must be from 1"),
+        ("iterative_norm", "norm.num_iterations", -1, "'norm.num_iterations' = -1"),
+    ],
+)
+def test_a_field_of_no_normalizer_is_refused_by_its_name(norm, field, value, expected):
+    config = load_config(f"configs/digits.py:norm={norm}", {field: value})
+    with pytest.raises(UserError, match=expected):
+        build_parts(config, need_data=False)

@@ -148,12 +148,17 @@ def _layers(
     with nn.intercept_methods(mark):
         traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     uses = Counter(id(v) for equation in traced.jaxpr.eqns for v in equation.invars)
+    uses.update(id(v) for v in traced.jaxpr.outvars)
+    marks = (e.params["name"] for e in traced.jaxpr.eqns if e.primitive.name == "name")
+    calls = Counter(marks)
     source: dict[int, str] = {}
     followed: dict[Place, _Placed] = {}
     for equation in traced.jaxpr.eqns:
         if equation.primitive.name != "name":
             continue
         name, [given] = equation.params["name"], equation.invars
+        if calls[name] > 1:
+            raise UserError(f"cannot fold a model that calls {name.partition(':')[2]!r} twice")
         if name.startswith("linear:"):
             source[id(equation.outvars[0])] = name.removeprefix("linear:")
             continue

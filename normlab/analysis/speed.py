@@ -6,7 +6,7 @@ one write; so `share` is the fraction of the copy's bandwidth at which the metho
 went: 1 is as fast as memory allows, and more means that a cache held what was counted as moved.
 
 All contenders take turns, round by round, so that a slow stretch of the machine meets each of them;
-quotients are taken within a round. Compare them, and not the milliseconds.
+quotients are of the fastest rounds. Compare them, and not the milliseconds.
 """
 
 import dataclasses

@@ -28,6 +28,7 @@ from normlab.interop.common import (
     settings,
     variables_of,
 )
+from normlab.norms.group import divide_channels
 
 _AFFINE = {"scale": "scale", "offset": "bias"}
 NAMES = {
@@ -163,8 +164,9 @@ def norm_arguments(kind: str, fields: Mapping[str, Any], shape: Sequence[int]) -
         arguments["decay_rate"] = given["momentum"]
         arguments["cross_replica_axis"] = given["axis_name"]
     if kind == "group_norm":
-        size = given["group_size"]
-        arguments["groups"] = shape[-1] // size if size else given["num_groups"]
+        arguments["groups"] = divide_channels(
+            shape[-1], given["num_groups"], given["group_size"], strict=False
+        )
     if "axes" in given:
         axes = example_axes(given["axes"], shape)
         arguments |= {"axis": axes, "param_axis": axes if given["elementwise"] else (-1,)}

@@ -31,6 +31,7 @@ from normlab.interop.common import (
     settings,
     variables_of,
 )
+from normlab.norms.group import divide_channels
 
 _AFFINE = {"gamma": "scale", "beta": "bias"}
 NAMES = {
@@ -160,8 +161,9 @@ def norm_arguments(kind: str, fields: Mapping[str, Any], shape: Sequence[int]) -
         arguments |= {"renorm": True, "renorm_momentum": given["momentum"]}
         arguments["renorm_clipping"] = clipping
     if kind == "group_norm":
-        size = given["group_size"]
-        arguments["groups"] = shape[-1] // size if size else given["num_groups"]
+        arguments["groups"] = divide_channels(
+            shape[-1], given["num_groups"], given["group_size"], strict=False
+        )
     if kind == "instance_norm":
         arguments["groups"] = -1
     if "axes" in given:

@@ -38,6 +38,7 @@ from normlab.interop.common import (
     settings,
     variables_of,
 )
+from normlab.norms.group import divide_channels
 
 _AFFINE = {"weight": "scale", "bias": "bias"}
 NAMES = {
@@ -136,7 +137,7 @@ def norm_arguments(kind: str, fields: Mapping[str, Any], shape: Sequence[int]) -
     if kind == "batch_norm":
         arguments["momentum"] = _complement(given["momentum"])
     if kind == "group_norm":
-        groups = channels // given["group_size"] if given["group_size"] else given["num_groups"]
+        groups = divide_channels(channels, given["num_groups"], given["group_size"], strict=False)
         return {"num_groups": groups, "num_channels": channels, **arguments}
     return {"num_features": channels, **arguments}
 

@@ -113,9 +113,11 @@ def linear_norm(
 
     A normalizer that needs the layer before it is handed it, as a function of its kernel.
     """
-    y = layer(x)
     if not norm.needs_layer:
-        return norm(y, train=train, mask=mask)
+        return norm(layer(x), train=train, mask=mask)
+    if mask is not None and mask.ndim == 1:
+        x = jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, 0)  # padding may hold anything
+    y = layer(x)
     x, params = lax.stop_gradient((x, layer.variables["params"]))
     alone = layer.clone(parent=None)
 

@@ -17,6 +17,7 @@ never move them. A module must be called once in a loss: cotangents of two calls
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
 
@@ -41,6 +42,20 @@ def join_state(batch_stats: Mapping[str, Any], backward: Paths) -> dict[str, Any
         return dict(batch_stats)
     flat = traverse_util.flatten_dict(dict(batch_stats))
     return traverse_util.unflatten_dict({**flat, **backward})
+
+
+def kept_unless_finite(
+    moved: Array, new: tuple[Array, ...], old: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Returns the new statistics if `moved` (boolean []) and all of them are finite, else the old.
+
+    What is not finite may come from the gradient alone, of which the forward pass knows nothing.
+    """
+    finite = jnp.all(jnp.stack([jnp.isfinite(value).all() for value in new])) & moved
+    return tuple(
+        jnp.where(finite, value.astype(before.dtype), before)
+        for value, before in zip(new, old, strict=True)
+    )
 
 
 def share_of_mean(batch: GroupedBatch) -> Array:

@@ -69,8 +69,8 @@ class BatchLayerNorm(BatchNormalizer):
         at_inference="running mean and variance; the same for C",
         passes=(3, 5),
         equals=(
-            "layer_norm over the channel, over √C: a batch of one",
-            "batch_norm over √C: a batch of ten thousand",
+            "layer_norm over the channel, times (1 − 10⁻⁴)/√C: a batch of one",
+            "batch_norm times (1 − 2·10⁻⁴)/√C: a batch of ten thousand",
         ),
     )
 

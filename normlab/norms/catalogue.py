@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from normlab.norms.normalizer import Facts, Normalizer
+from normlab.norms.normalizer import Facts, LayerBefore, Normalizer
 
 _SHAPE = (2, 11, 13, 320)
-_LETTERS = {11: "H", 13: "W", 320: "C", 20: "C/16", 5: "C/64"}
+_LETTERS = {11: "H", 13: "W", 17: "inputs", 320: "C", 20: "C/16", 5: "C/64"}
 
 _SOURCE = re.compile(r"(?P<paper>[^.]+?(?: et al\.)? \d{4}), arXiv:(?P<number>[\d.]+\d)")
 
@@ -43,7 +43,10 @@ def _entry(name: str, cls: type[Normalizer]) -> Entry:
     x = jax.ShapeDtypeStruct(_SHAPE, jnp.float32)
     fields: dict[str, Any] = {"activation": nn.relu} if cls.replaces_activation else {}
     module = cls(**fields)
-    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=True), x)
+    call: dict[str, Any] = {"train": True}
+    if cls.needs_layer:
+        call["layer"] = LayerBefore(jnp.zeros((17, _SHAPE[-1])), lambda kernel: kernel)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **call), x)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
     paper, number = source_of(text)
     return Entry(

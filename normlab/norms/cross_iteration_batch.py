@@ -15,6 +15,8 @@ Notes:
   ν' − μ'² = σ² + ⟨∂σ²/∂θ, Δθ⟩ − ⟨∂μ/∂θ, Δθ⟩². So nothing cancels where the mean is large.
 * In the first steps of a run weights move too fast, hence `burn_in_steps` of plain batch
   normalization, as in the paper: some epochs; here 3% of the run (unverified).
+* Of a layer with other parameters than its kernel (weight norm's gain) the kernel's change alone is
+  compensated.
 * Where no linear layer stands before it (after a sum, in a transformer) there is nothing to
   compensate with, and statistics of the past enter as they were.
 * Running averages, for inference, are of μ̄ and σ̄² (unverified).
@@ -35,6 +37,7 @@ from normlab.norms.functional import Moments, normalize, pool_moments, statistic
 from normlab.norms.groups import (
     GroupedBatch,
     Grouping,
+    all_finite,
     gathers_moments,
     group_batch,
     moving_averages,
@@ -125,10 +128,14 @@ class CrossIterationBatchNorm(AffineNormalizer):
             old = {"mean": mean.value, "var": var.value}
             new = {"mean": together.mean, "var": together.var}
             averages, moved = moving_averages(self, old, new, batch, self.momentum)
-            mean.value, var.value = averages["mean"], averages["var"]
-            if self.window > 1:
+            remembered = _to_remember(batch, layer) if self.window > 1 else {}
+            if remembered:  # their finiteness tells of padding that the layer before did not clean
+                moved = moved & all_finite(self, remembered)
+            mean.value = jnp.where(moved, averages["mean"], mean.value)
+            var.value = jnp.where(moved, averages["var"], var.value)
+            if remembered:
                 slot = step.value % (self.window - 1)
-                for name, value in _to_remember(batch, layer).items():
+                for name, value in remembered.items():
                     kept = past[name].value
                     past[name].value = kept.at[slot].set(jnp.where(moved, value, kept[slot]))
             step.value = step.value + moved.astype(jnp.int32)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from normlab.norms.backward import share_of_mean
+from normlab.norms.backward import kept_unless_finite, share_of_mean
 from normlab.norms.functional import (
     Moments,
     affine,
@@ -104,6 +104,7 @@ class FullNorm(AffineNormalizer):
             jax.lax.rsqrt(new_var + self.epsilon),
             share_of_mean(batch),
             jnp.where(moved, momentum, 1.0),
+            moved,
             of_mean.value,
             of_var.value,
         )
@@ -125,6 +126,7 @@ def _standardize(
     inverse_std: Array,
     share: Array,
     momentum: Array,
+    moved: Array,
     of_mean: Array,
     of_var: Array,
 ) -> Array:
@@ -141,13 +143,14 @@ def _forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
-    x, mean, inverse_std, share, momentum, of_mean, of_var = arguments
+    x, mean, inverse_std, share, momentum, moved, old_of_mean, old_of_var = arguments
     axes, centered = tuple(range(x.ndim - 1)), x - mean
     by_mean = -inverse_std * g.sum(axes)
     by_var = -(inverse_std**3) / 2 * (g * centered).sum(axes)
-    of_mean, of_var = ema(of_mean, by_mean, momentum), ema(of_var, by_var, momentum)
+    of_mean, of_var = ema(old_of_mean, by_mean, momentum), ema(old_of_var, by_var, momentum)
     by_x = g * inverse_std + share * (of_mean + 2 * centered * of_var)
-    return by_x.astype(x.dtype), None, None, None, None, of_mean, of_var
+    after = kept_unless_finite(moved, (of_mean, of_var), (old_of_mean, old_of_var))
+    return by_x.astype(x.dtype), None, None, None, None, None, *after
 
 
 _standardize.defvjp(_forward, _backward)

@@ -10,11 +10,14 @@ that is left in the backward pass is a mean over as many (g is the gradient by t
 a moving average of χ², and inference divides by its root.
 
 As in the official code (megvii-model/MABN): the batch's own statistics as long as the window is not
-full or for `warmup_steps`; r = 1 for 1000 steps; K = 16, for batches of 2 as if they were of 32. It
-centers the weights of the convolution before it, too (`CenConv2d`), which is no part of a
-normalizer. One window serves the whole batch, so the scope of batch statistics has no meaning here.
+full or for `warmup_steps`; r = 1 for 1000 steps (both start, in a config, as the parts of a run
+that they are of 5,000 steps: they have to do with the memory of the averages); K = 16, for batches
+of 2 as if they were of 32. It centers the weights of the convolution before it, too (`CenConv2d`),
+which is no part of a normalizer. One window serves the whole batch, so the scope of batch
+statistics has no meaning here.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from normlab.norms.backward import share_of_mean
+from normlab.norms.backward import kept_unless_finite, share_of_mean
 from normlab.norms.functional import Moments, affine, ema, statistics_dtype
 from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
 from normlab.norms.normalizer import (
@@ -48,6 +51,7 @@ class MovingAverageBatchNorm(AffineNormalizer):
     correction_max: float = 5.0  # largest correction, and its inverse the smallest
 
     stateful: ClassVar[bool] = True
+    fractions: ClassVar[Mapping[str, float]] = {"warmup": 0.02, "correction_start": 0.2}
     facts: ClassVar[Facts] = Facts(
         over="N H W and past batches",
         at_inference="running second moment",
@@ -148,7 +152,8 @@ def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
     filled = of_products.at[slot].set(product.astype(of_products.dtype))
     mean = jnp.where(full, filled.mean(0), product)
     by_x = inverse_root * (g - jnp.where(share > 0, z * mean, 0))
-    return by_x, None, None, None, None, None, None, jnp.where(moved, filled, of_products)
+    after = kept_unless_finite(moved, (filled,), (of_products,))
+    return by_x, None, None, None, None, None, None, *after
 
 
 _rescale.defvjp(_forward, _backward)

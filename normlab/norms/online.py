@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from normlab.norms.backward import kept_unless_finite
 from normlab.norms.examples import position_axes, prepare
 from normlab.norms.functional import (
     Moments,
@@ -194,8 +195,8 @@ def _backward(arguments: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
     after, (us, vs) = jax.lax.scan(enter, (u, v), terms)
     us, vs = us.reshape(mean.shape), vs.reshape(mean.shape)
     by_x = inverse_std * (g - counted * rate * vs * standard) - counted * rate * us
-    new_u, new_v = (jnp.where(moved, new, old) for new, old in zip(after, (u, v), strict=True))
-    return by_x.astype(x.dtype), None, None, None, None, None, new_u, new_v
+    kept = kept_unless_finite(moved, after, (u, v))
+    return by_x.astype(x.dtype), None, None, None, None, None, *kept
 
 
 _control.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from normlab.norms.backward import share_of_mean
+from normlab.norms.backward import kept_unless_finite, share_of_mean
 from normlab.norms.functional import (
     Moments,
     affine,
@@ -104,7 +104,8 @@ class PowerNorm(AffineNormalizer):
             batch.values,
             jax.lax.rsqrt(square + self.epsilon),
             share_of_mean(batch),
-            jnp.where(moved, 1 - self.backward_momentum, 0.0).astype(values.dtype),
+            jnp.asarray(1 - self.backward_momentum, values.dtype),
+            moved,
             projection.value,
         )
         if not self.is_initializing():
@@ -132,7 +133,9 @@ class PowerNorm(AffineNormalizer):
 
 
 @jax.custom_vjp
-def _rescale(x: Array, inverse_root: Array, share: Array, rate: Array, projection: Array) -> Array:
+def _rescale(
+    x: Array, inverse_root: Array, share: Array, rate: Array, moved: Array, projection: Array
+) -> Array:
     """Returns x·inverse_root, [..., C].
 
     Its gradient by x has the running ν, `projection` [C], whose cotangent is its new value; `rate`
@@ -146,12 +149,12 @@ def _forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
-    x, inverse_root, share, rate, projection = arguments
+    x, inverse_root, share, rate, moved, projection = arguments
     standard = x * inverse_root
     left = g - jnp.where(share > 0, projection * standard, 0)
     product = (share * left * standard).sum(tuple(range(x.ndim - 1)))
-    after = (projection + rate * product).astype(projection.dtype)
-    return left * inverse_root, None, None, None, after
+    after = kept_unless_finite(moved, (projection + rate * product,), (projection,))
+    return left * inverse_root, None, None, None, None, *after
 
 
 _rescale.defvjp(_forward, _backward)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from normlab import models, optim
 from normlab.config import flatten, identity, run_id
 from normlab.data import DatasetInfo, check_cropping, check_source, describe
-from normlab.errors import UserError
+from normlab.errors import UserError, unknown
 from normlab.models.placement import check_overrides, parse_overrides
 from normlab.norms import NORMS, NormFactory
 from normlab.optim.schedules import Schedule
@@ -53,6 +53,7 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
     With `need_data`, also for a data set that is not where the config says.
     """
     _check_numbers(config)
+    _check_dtypes(config)
     check_cropping(config.data)
     length = RunLength.of(config)
     parallel.check_batch(config)
@@ -63,6 +64,7 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
         model = models.build(config, length, num_devices=parallel.num_devices())
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from error
+    _check_norm(model.norm)
     parts = Parts(
         config=config,
         length=length,
@@ -82,6 +84,16 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
     check_overrides(model, parts.info.image_shape, config.norm_overrides)
     check_probe(config, model, parts.info)
     return parts
+
+
+def _check_norm(norm: NormFactory) -> None:
+    """Raises UserError for a field with which a normalizer cannot be made, on any input."""
+    x = jax.ShapeDtypeStruct((2, 4, 4, 32), jnp.float32)
+    try:
+        jax.eval_shape(lambda x: norm.module.init(jax.random.key(0), x, train=True), x)
+    except (ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"config section 'norm' cannot be made a normalizer: {reason}") from error
 
 
 def run_identity(config: ConfigDict) -> dict[str, Any]:
@@ -129,10 +141,30 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("norm.epsilon", 0.0, math.inf),
     ("norm.num_groups", 1, 2**31 - 1),
     ("norm.group_size", 1, 2**31 - 1),
+    ("norm.window", 1, 2**31 - 1),
+    ("norm.num_iterations", 0, 2**31 - 1),
+    ("norm.backward_momentum", 0.0, 1.0),
+    ("norm.inference_weight", 0.0, 1.0),
+    ("norm.proxy_epsilon", 0.0, math.inf),
+    ("norm.correction_max", 1.0, math.inf),
+    ("norm.limit", 1e-6, math.inf),
     ("norm.r_max", 1.0, math.inf),
     ("norm.d_max", 0.0, math.inf),
 )
 """Lowest and highest value of each numeric field, both allowed, where the config has the field."""
+
+
+def _check_dtypes(config: ConfigDict) -> None:
+    """Raises UserError for a dtype that is not of floating point numbers."""
+    for name, value in flatten(config).items():
+        if name.rpartition(".")[2] not in ("dtype", "param_dtype") or value is None:
+            continue
+        try:
+            floating = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating:
+            raise unknown(repr(name), value, ("float32", "bfloat16", "float16", "float64"))
 
 
 def _check_numbers(config: ConfigDict) -> None:

@@ -158,6 +158,52 @@ def test_a_normalizer_elsewhere_than_behind_a_linear_layer_is_refused(activated)
         fold(model, variables)
 
 
+class Tapped(nn.Module):
+    """A linear layer and its normalizer; the layer's output is an output of the model, too."""
+
+    norm: NormFactory
+    conv: StandardConv
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        y = self.conv.dense(3, name="dense")(x.reshape(len(x), -1))
+        return y, self.norm(name="norm")(y, train=train)
+
+
+class LayerTwice(Tapped):
+    """One layer called twice, one of the outputs normalized."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x, dense = x.reshape(len(x), -1), self.conv.dense(3, name="dense")
+        return self.norm(name="norm")(dense(x), train=train) + dense(2 * x)
+
+
+class NormTwice(Tapped):
+    """One normalizer behind two layers."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x, norm = x.reshape(len(x), -1), self.norm(name="norm")
+        layers = [self.conv.dense(3, name=name) for name in ("one", "two")]
+        return sum(norm(layer(x), train=train) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Tapped, "cannot fold the normalizer 'norm': it does not follow"),
+        (LayerTwice, "cannot fold a model that calls 'dense' twice"),
+        (NormTwice, "cannot fold a model that calls 'norm' twice"),
+    ],
+)
+def test_what_has_another_use_or_is_used_twice_is_refused(model, reason):
+    net = model(NormFactory(BatchNorm, FrozenDict()), StandardConv())
+    variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+    with pytest.raises(UserError, match=reason):
+        fold(net, variables)
+
+
 def refusal_of(config, shape=(8, 8, 1)):
     """Returns the line with which a model of ones is refused."""
     model = build(config)

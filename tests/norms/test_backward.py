@@ -204,3 +204,21 @@ def test_a_batch_of_nothing_moves_nothing(module):
     _, by_x, after = step(variables, data(0).astype("f4"), cotangent(0).astype("f4"))
     assert np.isfinite(by_x).all()
     jax.tree.map(np.testing.assert_array_equal, after, variables)
+
+
+@EVERY
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_what_is_not_finite_leaves_the_whole_backward_state(module, where):
+    """An infinity in x is seen forward; one in the gradient by the output only behind."""
+    step, x, g = stepper(module), data(0).astype("f4"), cotangent(0).astype("f4")
+    good = step(start(module), x, g)[2]
+    bad = {"input": x.copy(), "gradient": g.copy()}
+    bad_x, bad_g = (
+        bad[where] if where == kind else v for kind, v in (("input", x), ("gradient", g))
+    )
+    bad[where].flat[5] = np.inf
+    kept, before = (split_state(v["batch_stats"])[0] for v in (step(good, bad_x, bad_g)[2], good))
+    for path in before:
+        np.testing.assert_array_equal(kept[path], before[path])
+    after, _ = split_state(step(good, x + 1, g)[2]["batch_stats"])
+    assert all(np.abs(after[path] - before[path]).max() > 0 for path in before)

@@ -139,6 +139,25 @@ def test_no_gradient_reaches_what_is_past():
     np.testing.assert_allclose(jax.grad(loss)(weights[0]), expected, atol=1e-4)
 
 
+def test_padding_of_nan_touches_nothing_that_is_remembered():
+    """Six examples and two of padding, masked: as if the six were alone."""
+
+    class Padded(DenseNorm):
+        @nn.compact
+        def __call__(self, x, mask=None):
+            layer = StandardConv().dense(3, use_bias=True, name="layer")
+            return linear_norm(layer, self.norm(name="norm"), x, train=True, mask=mask)
+
+    net, [x] = Padded(cross()), batches(1)
+    variables = net.init(jax.random.key(0), x)
+    padded = x.at[6:].set(jnp.nan)
+    _, found = net.apply(variables, padded, jnp.arange(8) < 6, mutable=["batch_stats"])
+    _, alone = net.apply(variables, x[:6], mutable=["batch_stats"])
+    for name, value in alone["batch_stats"]["norm"].items():
+        np.testing.assert_allclose(found["batch_stats"]["norm"][name], value, atol=1e-6)
+        assert bool(jnp.isfinite(value).all())
+
+
 def test_burn_in_is_plain_batch_normalization_and_remembers():
     inputs, weights = batches(3), kernels(3, step=0.2)
     burning, _ = run(DenseNorm(cross(burn_in_steps=3)), inputs, weights)
