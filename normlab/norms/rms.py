@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.norms.examples import check_axes, prepare, standardize_channels
-from normlab.norms.functional import affine, mean_square, statistics_dtype
+from normlab.norms.functional import mean_square, rescale
 from normlab.norms.normalizer import (
     Facts,
     Initializer,
@@ -55,8 +55,7 @@ class RMSNorm(Normalizer):
         if over_all:
             square = mean_square(x, tuple(range(1, x.ndim)), mask)
             note_nonfinite(self, jnp.isfinite(square).all())
-            x_hat = x.astype(statistics_dtype(x.dtype)) * jax.lax.rsqrt(square + self.epsilon)
-            y = affine(x_hat, scale, bias)
+            y = rescale(x, jax.lax.rsqrt(square + self.epsilon), scale, bias)
         else:
             y = standardize_channels(self, x, scale, bias, center=False)
         return y.astype(output_dtype(self, x))
