@@ -16,6 +16,7 @@ Notes:
 
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -75,8 +76,8 @@ class EvoNormB0(BatchNormalizer):
             several = jnp.where(batch.moments.count == 1, 1, batch.moments.var)
             batch_var = batch.unless_empty(several, var.value)
         deviation = jnp.sqrt(batch_var + self.epsilon)
-        example_part = v * values + jnp.sqrt(instance + self.epsilon)
-        y = affine(values / jnp.maximum(deviation, example_part), scale, bias)
+        instance_deviation = jnp.sqrt(instance + self.epsilon)
+        y = _divided(values, deviation, v, instance_deviation, scale, bias)
 
         if train and not self.is_initializing():
             sow_moments(self, batch)
@@ -88,3 +89,15 @@ class EvoNormB0(BatchNormalizer):
     def state_from_moments(self, moments: Moments) -> dict[str, Array]:
         """Returns the `batch_stats` entries that stand for population moments [C]."""
         return {"var": moments.var}
+
+
+@jax.checkpoint  # the gradient makes the divisor again from x
+def _divided(
+    x: Array,
+    deviation: Array,
+    v: Array,
+    instance_deviation: Array,
+    scale: Array | None,
+    bias: Array | None,
+) -> Array:
+    return affine(x / jnp.maximum(deviation, v * x + instance_deviation), scale, bias)

@@ -22,7 +22,7 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.norms.examples import group_moments, prepare
-from normlab.norms.functional import affine, statistics_dtype
+from normlab.norms.functional import affine, rescale, statistics_dtype
 from normlab.norms.group import divide_channels, settled_groups
 from normlab.norms.normalizer import (
     Activation,
@@ -57,13 +57,14 @@ class EvoNormS0(AffineNormalizer):
         groups = self.groups_of(x.shape[-1])
         scale, bias = scale_and_bias(self, x.shape[-1:])
         x, mask = prepare(x, mask)
-        y = x.astype(statistics_dtype(x.dtype))
-        if self.activation is not None:
+        if self.activation is None:
+            y = affine(x.astype(statistics_dtype(x.dtype)), scale, bias)
+        else:
             v = self.param("v", nn.initializers.ones, x.shape[-1:], self.param_dtype)
             group, _ = group_moments(self, x, groups, mask)
             inverse_std = jnp.where(group.count > 1, jax.lax.rsqrt(group.var + self.epsilon), 1)
-            y = y * nn.sigmoid(v * y) * inverse_std
-        return affine(y, scale, bias).astype(output_dtype(self, x))
+            y = _gated(x, v, inverse_std, scale, bias)
+        return y.astype(output_dtype(self, x))
 
     def groups_of(self, channels: int) -> int:
         """Returns the number of groups for this many channels (see `divide_channels`)."""
@@ -72,3 +73,11 @@ class EvoNormS0(AffineNormalizer):
     def note(self, channels: int) -> str:
         """Returns that the groups are settled otherwise than wished; "" if they are not."""
         return settled_groups(channels, self.num_groups)
+
+
+@jax.checkpoint  # the gradient makes the sigmoid again from x
+def _gated(
+    x: Array, v: Array, inverse_std: Array, scale: Array | None, bias: Array | None
+) -> Array:
+    values = x.astype(statistics_dtype(x.dtype))
+    return rescale(values * nn.sigmoid(v * values), inverse_std, scale, bias)

@@ -72,14 +72,17 @@ def group_moments(
 ) -> tuple[Moments, Array]:
     """Returns each example's moments over positions and groups of channels, and their shift.
 
-    Both [N, 1, ..., 1, C], a group's moments repeated for each of its channels. The moments of
-    single channels are pooled, so that the pass over x reduces positions only and channels stay
-    side by side in memory.
+    Both [N, 1, ..., 1, C], a group's moments repeated for each of its channels, or [N, 1, ..., 1]
+    for a single group. The moments of several groups are pooled from those of single channels, so
+    that the pass over x reduces positions only and channels stay side by side in memory.
     """
-    shift = rough_mean(x, position_axes(x), mask)
-    pooled = pool_channels(moments(x, position_axes(x), mask, shift), num_groups)
-    note_nonfinite(module, jnp.isfinite(pooled.var).all())
-    return pooled, shift
+    axes = position_axes(x) if num_groups > 1 else tuple(range(1, x.ndim))
+    shift = rough_mean(x, axes, mask, along=1 if axes else None)
+    group = moments(x, axes, mask, shift)
+    if num_groups > 1:
+        group = pool_channels(group, num_groups)
+    note_nonfinite(module, jnp.isfinite(group.var).all())
+    return group, shift
 
 
 def weigh_example(x: Array, mask: Array | None, mean: Array, var: Array, weight: float) -> Moments:

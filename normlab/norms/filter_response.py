@@ -22,7 +22,7 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.norms.examples import position_axes, prepare
-from normlab.norms.functional import affine, mean_square, statistics_dtype
+from normlab.norms.functional import mean_square, rescale
 from normlab.norms.normalizer import (
     Activation,
     AffineNormalizer,
@@ -72,10 +72,11 @@ class FilterResponseNorm(AffineNormalizer):
         square = mean_square(x, position_axes(x), mask)
         note_nonfinite(self, jnp.isfinite(square).all())
         inverse = jax.lax.rsqrt(square + self._epsilon(x.shape))
-        y = affine(x.astype(statistics_dtype(x.dtype)) * inverse, scale, bias)
-        if self.activation is not None:
+        if self.activation is None:
+            y = rescale(x, inverse, scale, bias)
+        else:
             tau = self.param("tau", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-            y = jnp.maximum(y, tau)
+            y = _thresholded(x, inverse, scale, bias, tau)
         return y.astype(output_dtype(self, x))
 
     def _epsilon(self, shape: tuple[int, ...]) -> Array | float:
@@ -84,3 +85,10 @@ class FilterResponseNorm(AffineNormalizer):
             return self.epsilon
         start = nn.initializers.constant(1e-4)
         return self.epsilon + jnp.abs(self.param("extra_epsilon", start, (), self.param_dtype))
+
+
+@jax.checkpoint  # the gradient makes ŷ again from x
+def _thresholded(
+    x: Array, inverse: Array, scale: Array | None, bias: Array | None, tau: Array
+) -> Array:
+    return jnp.maximum(rescale(x, inverse, scale, bias), tau)

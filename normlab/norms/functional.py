@@ -18,6 +18,7 @@ variance".
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -56,16 +57,19 @@ def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
 # Moments -----------------------------------------------------------------------------------------
 
 
-def rough_mean(x: Array, axes: Axes, mask: Array | None = None) -> Array:
+def rough_mean(x: Array, axes: Axes, mask: Array | None = None, along: int | None = None) -> Array:
     """Returns a constant near the mean of `x` over `axes`, which stay as axes of length 1.
 
-    Without a mask it is the mean over the first 1/64 (rounded up) of the second of `axes` (the
-    first is often examples, which devices share out). It carries no gradient.
+    Without a mask it is the mean over the first 1/64 (rounded up) along one of `axes`: `along`, by
+    default the second (the first is often examples, which devices share out). It carries no
+    gradient.
     """
     if mask is not None:
         return jax.lax.stop_gradient(_mean(_masked(x, mask), axes, _count(x, axes, mask)))
-    if len(axes) > 1:
-        x = jax.lax.slice_in_dim(x, 0, -(-x.shape[axes[1]] // _PILOT), axis=axes[1])
+    if along is None and len(axes) > 1:
+        along = axes[1]
+    if along is not None:
+        x = jax.lax.slice_in_dim(x, 0, -(-x.shape[along] // _PILOT), axis=along)
     values = x.astype(statistics_dtype(x.dtype))
     return jax.lax.stop_gradient(values.mean(axes, keepdims=True))
 
@@ -117,6 +121,7 @@ def masked_mean(x: Array, axes: Axes, mask: Array | None = None) -> Array:
     return _mean(_masked(x, mask), axes, _count(x, axes, mask))
 
 
+@partial(jax.checkpoint, static_argnums=(1,))
 def mean_square(x: Array, axes: Axes, mask: Array | None = None) -> Array:
     """Returns E[x²] over `axes`, which stay as axes of length 1; 0 over no values."""
     return masked_mean(jnp.square(x.astype(statistics_dtype(x.dtype))), axes, mask)
@@ -128,19 +133,24 @@ def unbiased(var: Array, count: Array) -> Array:
 
 
 def pool_moments(parts: Moments, axes: Axes) -> Moments:
-    """Returns the moments of the union of the sets along `axes` (law of total variance).
+    """Returns the moments of the union of the sets along `axes`, which stay, of length 1."""
+    return _pool(parts, lambda part: jnp.sum(part, axes, keepdims=True))
+
+
+def _pool(parts: Moments, total: Callable[[Array], Array]) -> Moments:
+    """Returns the moments of the unions of the sets that `total` sums (law of total variance).
 
     var = Σ m_i (var_i + (mean_i − mean)²) / Σ m_i; sets without values have no weight.
     """
-    count = jnp.sum(parts.count, axes, keepdims=True)
+    count = total(parts.count)
     weight = parts.count / jnp.maximum(count, 1)
-    mean = jnp.sum(weight * parts.mean, axes, keepdims=True)
-    spread = parts.var + jnp.square(parts.mean - mean)
-    pooled = Moments(count=count, mean=mean, var=jnp.sum(weight * spread, axes, keepdims=True))
+    mean = total(weight * parts.mean)
+    var = total(weight * (parts.var + jnp.square(parts.mean - mean)))
+    union = Moments(count=count, mean=mean, var=var)
     if parts.covariance is None:
-        return pooled
+        return union
     spread = _weighted_spread(parts.covariance, parts.mean - mean, weight)
-    return pooled.replace(covariance=jnp.sum(spread, axes, keepdims=True))
+    return union.replace(covariance=total(spread))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -161,13 +171,19 @@ def blend_moments(old: Moments, new: Moments, weight: Array | float) -> Moments:
 def pool_channels(channels: Moments, num_groups: int) -> Moments:
     """Returns moments [..., C] pooled over each group of neighbouring channels, for every channel.
 
-    `num_groups` divides C. The mean and variance are repeated over a group's channels.
+    `num_groups` divides C. A group's moments are repeated over its channels by a product with ones:
+    XLA would put a repetition into the loop over positions that comes next, where it is slow.
     """
-    members = jax.tree.map(lambda part: part.reshape(*part.shape[:-1], num_groups, -1), channels)
-    pooled = pool_moments(members, (-1,))
-    return jax.tree.map(
-        lambda part: jnp.broadcast_to(part, members.mean.shape).reshape(channels.mean.shape), pooled
-    )
+    size = channels.mean.shape[-1] // num_groups
+    if size == 1:
+        return channels
+    ones = jnp.ones((size, size), channels.mean.dtype)
+
+    def total(part: Array) -> Array:
+        groups = part.reshape(-1, size)
+        return jnp.matmul(groups, ones, precision=jax.lax.Precision.HIGHEST).reshape(part.shape)
+
+    return _pool(channels, total)
 
 
 def psum_moments(
@@ -177,16 +193,7 @@ def psum_moments(
 
     `index_groups` splits the devices into groups that are pooled apart.
     """
-    psum = partial(jax.lax.psum, axis_name=axis_name, axis_index_groups=index_groups)
-    count = psum(local.count)
-    weight = local.count / jnp.maximum(count, 1)
-    mean = psum(weight * local.mean)
-    var = psum(weight * (local.var + jnp.square(local.mean - mean)))
-    union = Moments(count=count, mean=mean, var=var)
-    if local.covariance is None:
-        return union
-    spread = _weighted_spread(local.covariance, local.mean - mean, weight)
-    return union.replace(covariance=psum(spread))
+    return _pool(local, partial(jax.lax.psum, axis_name=axis_name, axis_index_groups=index_groups))
 
 
 def covariance(x: Array, mean: Array, mask: Array | None, group_size: int) -> Array:
@@ -233,6 +240,16 @@ def normalize(
     if bias is not None:
         offset = offset + bias
     return _shift_and_scale(x, shift, slope, offset)
+
+
+@jax.checkpoint
+def rescale(x: Array, inverse: Array, scale: Array | None, bias: Array | None) -> Array:
+    """Returns x · inverse · scale + bias in the statistics' dtype; its gradient keeps x alone.
+
+    `inverse` and `scale` are multiplied first: they are small where x is large.
+    """
+    slope = inverse if scale is None else inverse * scale
+    return affine(x.astype(statistics_dtype(x.dtype)), slope, bias)
 
 
 @jax.checkpoint  # the gradient makes x − shift again from x

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.norms.examples import check_axes, prepare, standardize_channels
-from normlab.norms.functional import affine, mean_square, statistics_dtype
+from normlab.norms.functional import mean_square, rescale
 from normlab.norms.normalizer import (
     AffineNormalizer,
     Facts,
@@ -48,8 +48,7 @@ class RMSNorm(AffineNormalizer):
         if over_all:
             square = mean_square(x, tuple(range(1, x.ndim)), mask)
             note_nonfinite(self, jnp.isfinite(square).all())
-            x_hat = x.astype(statistics_dtype(x.dtype)) * jax.lax.rsqrt(square + self.epsilon)
-            y = affine(x_hat, scale, bias)
+            y = rescale(x, jax.lax.rsqrt(square + self.epsilon), scale, bias)
         else:
             y = standardize_channels(self, x, scale, bias, center=False)
         return y.astype(output_dtype(self, x))

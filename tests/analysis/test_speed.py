@@ -117,13 +117,25 @@ def test_a_measurement_at_a_tiny_shape():
     assert none.kept_bytes == 0
 
 
-@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "group_norm", "instance_norm"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "batch_norm",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "instance_norm",
+        "filter_response_norm",
+        "evonorm_b0",
+        "evonorm_s0",
+    ],
+)
 def test_the_gradient_keeps_x_and_statistics_and_no_other_tensor(norm):
     # 4·8·8·16 float32 are 16,384 bytes; a statistic of an example's channel is of 64 positions.
     shape = (4, 8, 8, 16)
     _, row = speed.measure([norm], "tiny", shape, "float32", rounds=1)
     # Of a batch in groups x itself is kept in another shape, and counts.
-    whole = 16_384 if norm == "batch_norm" else 0
+    whole = 16_384 if norm in ("batch_norm", "evonorm_b0") else 0
     assert whole <= row.kept_bytes < whole + 16_384 // 2
 
 

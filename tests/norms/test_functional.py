@@ -16,6 +16,7 @@ from normlab.norms.functional import (
     merge_moments,
     moments,
     normalize,
+    pool_channels,
     pool_moments,
     rough_mean,
     statistics_dtype,
@@ -209,6 +210,32 @@ def test_pooling_groups_gives_the_whole():
     np.testing.assert_allclose(pooled.mean[0], whole.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(pooled.var[0], whole.var, rtol=1e-5)
     np.testing.assert_array_equal(pooled.count[0], whole.count)
+
+
+def test_pooling_channels_by_hand():
+    # Means 1 and 3, variances 2 and 4: mean 2, variance (2 + 4)/2 + (1 + 1)/2 = 4. Then 0 and 5.
+    channels = Moments(
+        count=jnp.full((1, 4), 6.0),
+        mean=jnp.asarray([[1.0, 3, 0, 0]]),
+        var=jnp.asarray([[2.0, 4, 5, 5]]),
+    )
+    pooled = pool_channels(channels, 2)
+    np.testing.assert_array_equal(pooled.mean, [[2, 2, 0, 0]])
+    np.testing.assert_array_equal(pooled.var, [[4, 4, 5, 5]])
+    np.testing.assert_array_equal(pooled.count, [[12, 12, 12, 12]])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("size", [2, 5, 16])
+def test_what_is_not_finite_stays_in_its_group_of_channels(bad, size):
+    channels = moments(jax.random.normal(jax.random.key(0), (3, 7, 4 * size)), (1,))
+    poisoned = channels.replace(mean=channels.mean.at[1, 0, size].set(bad))
+    clean, found = pool_channels(channels, 4), pool_channels(poisoned, 4)
+    others = np.ones((3, 1, 4 * size), bool)
+    others[1, 0, size : 2 * size] = False
+    assert not np.isfinite(found.var[~others]).any()
+    np.testing.assert_array_equal(found.mean[others], clean.mean[others])
+    np.testing.assert_array_equal(found.var[others], clean.var[others])
 
 
 def test_momentum_weighs_the_old_value():
