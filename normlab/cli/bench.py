@@ -90,6 +90,10 @@ def _check(args: argparse.Namespace) -> None:
         raise unknown("contender", args.against, _CONTENDERS)
     if args.rounds < 1:
         raise UserError(f"--rounds={args.rounds} must be 1 or more")
+    if args.json is not None and args.json.exists():
+        raise UserError(f"--json={args.json} exists; name another file")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no folder {str(args.json.parent)!r}")
 
 
 def _machine_line(machine: dict[str, Any]) -> str:

@@ -48,6 +48,17 @@ def test_a_mistake_is_one_line(capsys, argument, line):
     assert capsys.readouterr().err == f"normlab: {line}\n"
 
 
+def test_figures_overwrite_nothing_and_need_a_folder_that_is_there(capsys, tmp_path):
+    (tmp_path / "figures.json").write_text("mine")
+    for name, reason in (
+        ("figures.json", "exists; name another file"),
+        ("a/b.json", f"there is no folder '{tmp_path / 'a'}'"),
+    ):
+        assert main([*TINY, f"--json={tmp_path / name}"]) == 2
+        assert reason in capsys.readouterr().err
+    assert (tmp_path / "figures.json").read_text() == "mine"
+
+
 def test_what_is_timed_must_be_known(capsys):
     assert main(["bench", "norm"]) == 2
     assert "unknown benchmark 'norm'; did you mean 'norms'?" in capsys.readouterr().err
