@@ -6,7 +6,7 @@ al. 2016, table 1, give 3.8·10⁹ for ResNet-50 of version 1; version 1.5 has 4
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,12 +14,28 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend import core
 
+from normlab.norms import Normalizer
+
 
 def macs(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Returns the multiply-accumulates of one image [H, W, C] in evaluation."""
     variables, images, apply = _abstract(model, image_shape)
-    jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
+    with nn.intercept_methods(_mark_normalizers):
+        jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
     return sum(times * _macs_of(equation) for equation, times in _equations(jaxpr))
+
+
+_MARK = "of_a_normalizer"
+
+
+def _mark_normalizers(
+    call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Puts the equations of a normalizer under a name of their own."""
+    if not isinstance(context.module, Normalizer):
+        return call(*args, **kwargs)
+    with jax.named_scope(_MARK):
+        return call(*args, **kwargs)
 
 
 def xla_flops(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
@@ -41,8 +57,13 @@ def _abstract(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[Any, Any,
 
 
 def _equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yields the equations of a jaxpr and of all it calls, and how often each is run."""
+    """Yields the equations of a jaxpr and of all it calls, and how often each is run.
+
+    Those of normalizers are left out.
+    """
     for equation in jaxpr.eqns:
+        if _MARK in str(equation.source_info.name_stack):
+            continue
         yield equation, times
         runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
         for value in equation.params.values():
@@ -61,8 +82,6 @@ def _macs_of(equation: Any) -> int:
         return math.prod(out) * math.prod(shapes[1]) // features
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        # A product with a vector is a normalizer's mean.
-        if contracted and min(map(len, shapes)) > 1:
-            [out] = (variable.aval.shape for variable in equation.outvars)
-            return math.prod(out) * math.prod(shapes[0][axis] for axis in contracted)
+        [out] = (variable.aval.shape for variable in equation.outvars)
+        return math.prod(out) * math.prod(shapes[0][axis] for axis in contracted)
     return 0

@@ -34,7 +34,9 @@ def test_resnet50_has_4_billion():
     assert count == pytest.approx(4.09e9, rel=0.003)
 
 
-@pytest.mark.parametrize("norm", ["none", "layer_norm", "rms_norm", "group_norm", "batch_norm"])
+@pytest.mark.parametrize(
+    "norm", ["none", "layer_norm", "group_norm", "batch_norm", "iterative_norm"]
+)
 def test_normalizers_cost_no_multiply_accumulate(norm):
     model = model_of(f"configs/digits.py:model=mlp,norm={norm}")
     assert macs(model, (8, 8, 1)) == 27_400

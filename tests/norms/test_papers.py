@@ -119,11 +119,13 @@ def test_of_two_axes_in_bfloat16(name):
     assert_follows(case_of(name, channels=8), (9, 8), "bfloat16", steps=2)
 
 
+@pytest.mark.slow
 @EVERY
 def test_one_example_of_five_axes_in_float16(name):
     assert_follows(case_of(name), (1, 2, 1, 3, 4), "float16")
 
 
+@pytest.mark.slow
 @EVERY
 def test_one_channel_of_one_position(name):
     assert_follows(case_of(name, channels=1), (5, 1, 1), "float32")

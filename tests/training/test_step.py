@@ -106,7 +106,7 @@ NO_SQUARES = {"none", "dyt", "derf", "l1_batch_norm", "mean_only_batch_norm"}
 @pytest.mark.parametrize(
     ("norm", "model"),
     [
-        (norm, model)
+        pytest.param(norm, model, marks=[pytest.mark.slow] if model == "mlp" else [])
         for norm in sorted(set(NORMS) - NO_SQUARES)
         for model in ("mlp", "cnn")
         # Over one value per channel the deviation is 0 whatever the value: nothing overflows.
