@@ -62,6 +62,10 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
     config.optim.decay_roles = ("kernel",)  # kernel, bias, embedding, norm_scale, _bias, _extra
     config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: any
+    config.optim.agc_clipping = optional(float)  # of adaptive gradient clipping, λ; none: no AGC
+    config.optim.agc_epsilon = 1e-3  # smallest norm of weights that AGC reckons with
+    config.optim.agc_exclude = ("head/kernel",)  # patterns of parameters that AGC leaves alone
+    config.optim.agc_groups = ()  # pattern=λ of parameters where it differs, e.g. stage1_*=0.02
 
     config.train = ConfigDict()
     config.train.batch_size = 128  # examples per step, over all devices

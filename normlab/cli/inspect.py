@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("--config", required=True, metavar="FILE.py[:choices]")
     parser.add_argument(
+        "--agc", action="store_true", help="show only what adaptive clipping does to each parameter"
+    )
+    parser.add_argument(
         "--against", metavar="FILE.py[:choices]", help="show only what differs from another config"
     )
 
@@ -32,6 +35,9 @@ def main(args: argparse.Namespace) -> int:
         other = load_config(args.against)
         build_parts(other, need_data=False)
         _print_difference(other, config)
+        return 0
+    if args.agc:
+        _print_agc(config, parts.abstract_variables()["params"])
         return 0
     meaning = field_meanings(config)
 
@@ -75,6 +81,29 @@ def main(args: argparse.Namespace) -> int:
     print()
     _print_memory(parts)
     return 0
+
+
+def _print_agc(config: Any, params: Any) -> None:
+    from normlab import optim
+
+    clipping = config.optim.agc_clipping
+    if clipping is None:
+        print(
+            "config field 'optim.agc_clipping' is none: nothing is clipped; with 0.01 it would be"
+        )
+    found = optim.units(params, clipping or 0.01, **optim.agc_settings(config))
+    shapes = _flat(params)
+    rows = [
+        (
+            path,
+            "×".join(map(str, shapes[path].shape)) or "scalar",
+            "–" if unit.clipping is None else ", ".join(map(str, unit.axes)) or "none",
+            "excluded" if unit.clipping is None else f"{unit.clipping:g}",
+            unit.why,
+        )
+        for path, unit in found.items()
+    ]
+    _print_table(("parameter", "shape", "norm over axes", "clipping", "why"), rows)
 
 
 def _print_memory(parts: Any) -> None:

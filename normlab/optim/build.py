@@ -5,11 +5,15 @@ non-finite value neither shifts the schedule nor hides in an optimizer's private
 """
 
 import dataclasses
+from fnmatch import fnmatchcase
+from typing import Any
 
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from normlab.errors import UserError
+from normlab.errors import UserError, unknown
+from normlab.optim.agc import adaptive_grad_clip
 from normlab.optim.masks import role_mask
 
 
@@ -49,8 +53,8 @@ OPTIMIZERS: dict[str, type] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "lamb":
 def build_direction(config: ConfigDict) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate scales.
 
-    In order: clipping of the global norm, coupled weight decay, momentum or moments, decoupled
-    weight decay, LAMB's trust ratio. Raises UserError for a value out of range.
+    In order: clipping of the global norm, adaptive clipping by unit, coupled weight decay, momentum
+    or moments, decoupled weight decay, LAMB's trust ratio. Raises UserError for a value out of range.
     """
     optim = config.optim
     if optim.weight_decay < 0:
@@ -59,8 +63,13 @@ def build_direction(config: ConfigDict) -> optax.GradientTransformation:
         )
     if optim.clip_norm is not None and optim.clip_norm <= 0:
         raise UserError(f"config field 'optim.clip_norm' = {optim.clip_norm} must be above 0")
+    if optim.agc_clipping is not None and optim.agc_clipping <= 0:
+        raise UserError(f"config field 'optim.agc_clipping' = {optim.agc_clipping} must be above 0")
     role_mask({}, optim.decay_roles)  # refuses unknown roles before anything is compiled
     clipping = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+    if optim.agc_clipping is not None:
+        agc = adaptive_grad_clip(optim.agc_clipping, optim.agc_epsilon, **agc_settings(config))
+        clipping = optax.chain(clipping, agc)
     decay = optax.identity()
     if optim.weight_decay:
         decay = optax.add_decayed_weights(
@@ -76,3 +85,38 @@ def build_direction(config: ConfigDict) -> optax.GradientTransformation:
         return optax.chain(clipping, decay, moments)
     trust = optax.scale_by_trust_ratio() if optim.kind == "lamb" else optax.identity()
     return optax.chain(clipping, moments, decay, trust)
+
+
+def agc_settings(config: ConfigDict) -> dict[str, Any]:
+    """Returns `exclude` and `groups` of `agc.units`.
+
+    Raises UserError for what is not pattern=λ with λ above 0.
+    """
+    groups = []
+    for text in config.optim.agc_groups:
+        pattern, _, value = text.partition("=")
+        try:
+            clipping = float(value)
+        except ValueError:
+            clipping = 0.0
+        if not (pattern.strip() and clipping > 0):
+            raise UserError(
+                f"config field 'optim.agc_groups' has {text!r}, "
+                "which is not pattern=λ with λ above 0"
+            )
+        groups.append((pattern.strip(), clipping))
+    return {"exclude": tuple(config.optim.agc_exclude), "groups": tuple(groups)}
+
+
+def check_agc(config: ConfigDict, params: Any) -> None:
+    """Raises UserError for a pattern of the config that fits no parameter (of arrays or shapes)."""
+    paths = list(flatten_dict(params, sep="/"))
+    settings = agc_settings(config)
+    named = {
+        "'optim.agc_exclude'": settings["exclude"],
+        "'optim.agc_groups'": tuple(pattern for pattern, _ in settings["groups"]),
+    }
+    for field, patterns in named.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise unknown(f"parameter in {field}", pattern, paths)

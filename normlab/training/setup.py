@@ -76,11 +76,12 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
     for section, stem in (("eval", "every"), ("log", "every"), ("checkpoint", "every")):
         length.steps(config[section], stem, section)
     try:
-        parts.abstract_variables()
+        params = parts.abstract_variables()["params"]
     except (ValueError, TypeError, ZeroDivisionError) as error:
         kind, data = config.model.kind, config.data.name
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {kind!r} cannot take the images of {data!r}: {reason}") from error
+    optim.check_agc(config, params)
     check_overrides(model, parts.info.image_shape, config.norm_overrides)
     check_probe(config, model, parts.info)
     return parts

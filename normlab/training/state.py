@@ -10,6 +10,7 @@ from flax import struct
 from jax import Array
 
 from normlab.models.layers import measures
+from normlab.optim import clipped_fractions
 from normlab.training.parallel import Compiler, seed_array
 from normlab.training.setup import Parts
 
@@ -24,7 +25,7 @@ class Totals(struct.PyTreeNode):
     correct: Array  # int32, training examples classified correctly
     gradient_norm: Array  # float32, sum of the global L2 norms of the gradients
     nonfinite: Array  # int32, steps passed over because something was not finite
-    measures: dict[str, Array]  # float32, sums of what normalizers measure: layer/measure
+    measures: dict[str, Array]  # float32, sums of what layers measure: layer/measure
 
     @classmethod
     def zeros(cls, measures: Iterable[str] = ()) -> "Totals":
@@ -88,14 +89,16 @@ def initial_state(parts: Parts, seed: Array) -> TrainState:
     images = jnp.zeros((2, *parts.info.image_shape), jnp.float32)
     variables = parts.model.init(jax.random.key(seed), images, train=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    opt_state = parts.direction.init(params)
+    measured = [*measures(parts.model, parts.info.image_shape), *clipped_fractions(opt_state)]
     with_ema = parts.config.train.ema_decay is not None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=parts.direction.init(params),
+        opt_state=opt_state,
         ema={"params": params, "batch_stats": batch_stats} if with_ema else None,
-        totals=Totals.zeros(measures(parts.model, parts.info.image_shape)),
+        totals=Totals.zeros(measured),
         health=Health.good(),
     )
 

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from normlab.norms import join_state, split_state
+from normlab.optim import clipped_fractions
 from normlab.optim.schedules import Schedule
 from normlab.training.state import CULPRITS, Health, Totals, TrainState
 
@@ -86,6 +87,7 @@ def make_train_step(
         batch_stats, sound = join_state(batch_stats, backward), sound & _all_finite(backward)
         gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
+        measures = {**measures, **clipped_fractions(opt_state)}
         rate = schedule(state.step)
         params = jax.tree.map(lambda w, u: w - rate.astype(w.dtype) * u, state.params, update)
         ema = _average(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
