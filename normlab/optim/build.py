@@ -54,7 +54,8 @@ def build_direction(config: ConfigDict) -> optax.GradientTransformation:
     """Returns the transformation from gradients to the direction that the learning rate scales.
 
     In order: clipping of the global norm, adaptive clipping by unit, coupled weight decay, momentum
-    or moments, decoupled weight decay, LAMB's trust ratio. Raises UserError for a value out of range.
+    or moments, decoupled weight decay, LAMB's trust ratio. Raises UserError for a value out of
+    range.
     """
     optim = config.optim
     if optim.weight_decay < 0:
