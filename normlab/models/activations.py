@@ -1,8 +1,15 @@
-"""Activations by config name."""
+"""Activations by config name, and the gains that give them unit variance.
 
+γ = 1/√Var(g(z)) for z ~ N(0, 1): with it the output of an activation, its mean taken off by scaled
+weight standardization, has variance 1 (Brock, De & Smith 2021, arXiv:2101.08692, section 3).
+"""
+
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -24,4 +31,37 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "elu": nn.elu,
     "leaky_relu": nn.leaky_relu,
+    "selu": nn.selu,
+    "softplus": nn.softplus,
+    "identity": lambda x: x,
 }
+
+RELEASED_GAINS = {
+    "relu": 1.7139588594436646,
+    "gelu": 1.7015043497085571,
+    "silu": 1.7881293296813965,
+    "tanh": 1.5939117670059204,
+    "sigmoid": 4.803835391998291,
+    "elu": 1.2716004848480225,
+    "selu": 1.0008515119552612,
+    "softplus": 1.9203323125839233,
+    "leaky_relu": 1.70590341091156,
+    "identity": 1.0,
+}
+"""γ as in the official code (deepmind-research/nfnets, base.py): Monte Carlo, 1 to 9·10⁻⁴ high."""
+
+
+@functools.cache
+def gain(activation: Callable[[Array], Array]) -> float:
+    """Returns γ = 1/√Var(g(z)), z ~ N(0, 1), by quadrature in float64.
+
+    Gauss-Legendre on each side of 0, where the usual kinks are; |z| up to 12 leaves out 10⁻³².
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    z = 6 * (nodes + 1)
+    z, weights = np.concatenate([-z, z]), np.tile(6 * weights, 2)
+    density = weights * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    with jax.enable_x64(True):
+        values = np.asarray(activation(jnp.asarray(z, jnp.float64)), np.float64)
+    mean = density @ values
+    return float(1 / np.sqrt(density @ (values - mean) ** 2))
