@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from normlab.config import add_duration, optional, parse_choices, section
 from normlab.errors import unknown
-from normlab.models import CONVS, INJECTED, MODELS, norm_defaults
+from normlab.models import CONVS, INJECTED, MODELS, default_choices, norm_defaults
 from normlab.norms import FACTORY_FIELDS, NORMS
 from normlab.optim import OPTIMIZERS
 
@@ -17,7 +17,9 @@ from normlab.optim import OPTIMIZERS
 def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     """Returns the base config for the choices in `argument` (after the colon) over `defaults`."""
     choices = {"model": "cnn", "norm": "batch_norm", "conv": "standard", "optimizer": "sgd"}
-    choices = parse_choices(argument, **(choices | defaults))
+    choices |= defaults
+    chosen_model = parse_choices(argument, **choices)["model"]
+    choices = parse_choices(argument, **(choices | default_choices(chosen_model)))
     model, norm, conv, optimizer = (choices[key] for key in ("model", "norm", "conv", "optimizer"))
 
     config = ConfigDict()

@@ -116,6 +116,14 @@ def norm_defaults(kind: str) -> Mapping[str, Any]:
     return getattr(MODELS[kind], "norm_defaults", {})
 
 
+def default_choices(kind: str) -> dict[str, str]:
+    """Returns what a model of this kind goes with unless the user chooses: norm, conv.
+
+    A normalizer-free net has no normalizer and convolutions of its own.
+    """
+    return dict(getattr(MODELS.get(kind), "default_choices", {}))
+
+
 def count_params(params: Any) -> int:
     """Returns the number of trainable numbers in a tree of parameters (or of their shapes)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
