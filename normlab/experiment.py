@@ -15,6 +15,8 @@ from typing import Any
 
 from normlab.errors import UserError, nearest, unknown
 from normlab.grid import Grid, Point, grid, settings, tune
+from normlab.report.claim import ACCURACIES
+from normlab.report.differences import Measure
 from normlab.report.files import one_line
 from normlab.report.row import Row, Sweep
 from normlab.report.statistics import INTERVALS
@@ -39,8 +41,6 @@ __all__ = [
     "tune",
 ]
 
-METRICS = ("test_accuracy", "test_error")
-
 VerdictFunction = Callable[[Sweep], Verdict]
 
 
@@ -62,9 +62,9 @@ Number = float | Measured
 
 @dataclass(frozen=True)
 class Published:
-    """A table of a paper, in percent."""
+    """A table of a paper: of accuracies or errors in percent, or of a quantity."""
 
-    metric: str  # one of METRICS
+    metric: str  # test_accuracy, test_error, or the name of one of the experiment's quantities
     rows: Mapping[str, Number | Mapping[Any, Number]]  # norm -> number, or {setting or value: it}
     setting: str  # data, model, length, hardware: what the paper did
     source: str = ""  # table or figure
@@ -96,6 +96,7 @@ class Experiment:
     seeds: int
     verdict: VerdictFunction
     interval: str = "t"  # of means and differences, verdict included: one of INTERVALS
+    quantities: Mapping[str, Measure] = field(default_factory=dict)  # of a run, besides accuracy
 
     @property
     def published(self) -> tuple[Published, ...]:
@@ -244,6 +245,10 @@ def _check(experiment: Experiment) -> None:
         _require("the name of a scale", name, str, "text")
         _require(f"scales[{name!r}]", there, (str, Scale), "a config or a Scale")
         _check_scale(name, experiment.at(name))
+    _require("quantities", experiment.quantities, Mapping, "{name: function of a row}")
+    for name, of_row in experiment.quantities.items():
+        _require("the name of a quantity", name, str, "text")
+        _require(f"quantities[{name!r}]", of_row, Callable, "a function of a row")
     tables = experiment.paper if isinstance(experiment.paper, (tuple, list)) else [experiment.paper]
     for table in tables:
         _require("paper", table, Published, "a Published or a tuple of them")
@@ -279,8 +284,8 @@ def _check_scale(name: str, scale: Scale) -> None:
 
 
 def _check_published(table: Published, experiment: Experiment) -> None:
-    if table.metric not in METRICS:
-        raise unknown("published metric", str(table.metric), METRICS)
+    if table.metric not in (metrics := (*ACCURACIES, *experiment.quantities)):
+        raise unknown("published metric", str(table.metric), metrics)
     for field_name, kind, wanted in _PUBLISHED:
         _require(f"paper.{field_name}", getattr(table, field_name), kind, wanted)
     for scale in table.scales:
@@ -295,16 +300,18 @@ def _check_published(table: Published, experiment: Experiment) -> None:
             raise UserError(f"published row {norm!r} is in no sweep{close_to}")
         cells = row if isinstance(row, Mapping) else {"": row}
         for number in cells.values():
-            _check_number(norm, number if isinstance(number, Measured) else Measured(number))
+            measured = number if isinstance(number, Measured) else Measured(number)
+            _check_number(norm, measured, of_percent=table.metric in ACCURACIES)
         if isinstance(row, Mapping):
             _check_places(norm, row, points)
 
 
-def _check_number(norm: str, number: Measured) -> None:
-    _require(f"published number of {norm!r}", number.value, (int, float), "a percentage")
-    _require(f"published std of {norm!r}", number.std, (int, float, NoneType), "a percentage")
+def _check_number(norm: str, number: Measured, of_percent: bool) -> None:
+    wanted = "a percentage" if of_percent else "a number"
+    _require(f"published number of {norm!r}", number.value, (int, float), wanted)
+    _require(f"published std of {norm!r}", number.std, (int, float, NoneType), wanted)
     _require(f"published n of {norm!r}", number.n, (int, NoneType), "a number of runs")
-    for value in (number.value, number.std or 0.0):
+    for value in (number.value, number.std or 0.0) if of_percent else ():
         if not 0 <= value <= 100:  # nor is NaN
             raise UserError(f"published {value} of {norm!r} is no percentage")
 
@@ -336,6 +343,8 @@ def check_verdict(verdict: VerdictFunction | None, cells: Iterable[tuple[str, st
     for hypothesis in getattr(verdict, "hypotheses", ()):
         _require("a hypothesis of the verdict", hypothesis, Hypothesis, "above(...) or close(...)")
         for place in (hypothesis.a, hypothesis.b):
+            if place is hypothesis.b and isinstance(place, (int, float)):
+                continue
             is_pair = isinstance(place, tuple) and len(place) == 2
             norm, setting = place if is_pair else (place, None)
             if not isinstance(norm, str) or not isinstance(setting, (str, NoneType)):

@@ -57,6 +57,6 @@ def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) 
     def judge(results: verdict.Sweep) -> None:
         assert scale.verdict is not None
         found = verdict.judge(scale.verdict, results)
-        run.write_json(folder / run.VERDICT, verdict.as_json(found, results))
+        run.write_json(folder / run.VERDICT, verdict.as_json(found, results, experiment.quantities))
 
     return execute(plan, folder, args, judge)

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from normlab.report.files import number, one_line, read_json
+from normlab.report.quantity import Quantity, from_json
 from normlab.report.statistics import INTERVALS
+
+ACCURACIES = ("test_accuracy", "test_error")
+"""What a paper's table is of, if not of a quantity that the experiment measures."""
 
 NO_RESULT = ("checkpoint.", "log.", "parallel.", "data.path")  # fields that change no result
 
 
 @dataclass(frozen=True)
 class PublishedNumber:
-    """One cell of a paper's table, as test accuracy in percent."""
+    """One cell of a paper's table: test accuracy in percent, or a quantity."""
 
     value: float
     std: float | None = None  # over the paper's runs
@@ -26,7 +30,10 @@ class PublishedNumber:
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """A paper's numbers; an error of e is shown as an accuracy of 100 − e."""
+    """A paper's numbers; an error of e is shown as an accuracy of 100 − e.
+
+    Without a `quantity` they are of test accuracy, in percent.
+    """
 
     rows: Mapping[str, Mapping[str, PublishedNumber]]  # norm -> {setting, value or "": number}
     setting: str
@@ -34,6 +41,7 @@ class PublishedTable:
     sure: str
     same_setting: bool  # this scale is the paper's own setting, so values compare
     as_error: bool  # published as error
+    quantity: str = ""  # what they are of, one of the claim's quantities
 
     def number(self, norm: str, places: tuple[str, ...]) -> PublishedNumber | None:
         """Returns the number of a normalizer at the first of `places` that the table has."""
@@ -54,6 +62,12 @@ class Claim:
     test: str
     rows: str  # digest of the rows that the verdict rests on
     judged_by: str = "t"  # the interval that the verdict rests on, one of statistics.INTERVALS
+    quantities: tuple[Quantity, ...] = ()  # measured on the runs besides their accuracy
+
+    def quantity(self, name: str) -> Quantity:
+        """Returns the quantity of this name; one without values if none was measured."""
+        named = {found.name: found for found in self.quantities}
+        return named.get(name, Quantity(name, {}))
 
 
 def read_claim(plan: Mapping[str, Any], directory: Path, notes: list[str]) -> Claim | None:
@@ -77,6 +91,7 @@ def read_claim(plan: Mapping[str, Any], directory: Path, notes: list[str]) -> Cl
         test=one_line(found.get("test") or ""),
         rows=one_line(found.get("rows") or ""),
         judged_by=one_line(found.get("interval") or "t"),
+        quantities=tuple(filter(None, map(from_json, _listed(found.get("quantities"))))),
     )
 
 
@@ -100,7 +115,8 @@ def read_interval(plan: Mapping[str, Any], notes: list[str]) -> str:
 
 
 def _table(table: Mapping[str, Any], as_declared: bool) -> PublishedTable:
-    as_error = table.get("metric") == "test_error"
+    metric = one_line(table.get("metric") or "test_accuracy")
+    as_error = metric == "test_error"
     rows = table.get("rows")
     found: dict[str, dict[str, PublishedNumber]] = {}
     for norm, cells in (rows if isinstance(rows, dict) else {}).items():
@@ -118,10 +134,13 @@ def _table(table: Mapping[str, Any], as_declared: bool) -> PublishedTable:
         **texts,
         same_setting=as_declared and bool(table.get("same_setting")),
         as_error=as_error,
+        quantity="" if metric in ACCURACIES else metric,
     )
 
 
 def _dicts(values: Any) -> list[dict[str, Any]]:
-    return (
-        [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
-    )
+    return [value for value in _listed(values) if isinstance(value, dict)]
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else []

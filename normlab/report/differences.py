@@ -10,6 +10,8 @@ NEEDED = ("data", "data order")  # hashes without which nothing shows that runs 
 
 Pair = tuple[str, str, Sequence[Row], Sequence[Row]]  # setting, normalizer, its runs, baseline's
 
+Measure = Callable[[Row], float | None]
+
 
 def differences(sweep: Sweep) -> Table:
     """Returns, per setting, each normalizer's paired difference from the baseline in points.
@@ -60,7 +62,7 @@ def compare(
     base: Sequence[Row],
     comparisons: int,
     interval: str,
-    measure: Callable[[Row], float | None] = accuracy_in_points,
+    measure: Measure = accuracy_in_points,
 ) -> tuple[Difference, tuple[str, ...]]:
     """Returns the paired difference runs − base of a measure, and which seeds do not pair and why.
 
@@ -80,6 +82,19 @@ def compare(
         for group in (runs, base)
     )
     return paired_difference(ours, theirs, comparisons, interval), marks
+
+
+def over_seeds(
+    runs: Sequence[Row], constant: float, comparisons: int, interval: str, measure: Measure
+) -> Difference:
+    """Returns the difference of a measure from a constant, over the seeds that ended with it."""
+    values = {
+        row.seed: value
+        for row in runs
+        if row.seed is not None and row.state in MEASURED
+        if (value := measure(row)) is not None
+    }
+    return paired_difference(values, dict.fromkeys(values, constant), comparisons, interval)
 
 
 def _cells(

@@ -39,6 +39,7 @@ def markdown(
         markdown_table(tables.headline(sweep)),
         _list(settings),
         *(["Chosen on the validation split:", _list(chosen)] if chosen else []),
+        *_quantities(sweep),
         *_published(sweep),
         *_differences(sweep),
         *(_figures(sweep, drawn, folder) if drawn else []),
@@ -65,6 +66,8 @@ def latex(sweep: Sweep) -> str:
     Tables for LaTeX with the package booktabs, to be pasted one by one.
     """
     named = {"Test accuracy (%)": tables.headline(sweep)}
+    for found in sweep.claim.quantities if sweep.claim else ():
+        named[found.name] = tables.quantity_table(found, sweep)
     for number, table in enumerate(sweep.claim.published if sweep.claim else (), 1):
         named[f"Published numbers, table {number}"] = beside(sweep, table)
     named["Paired differences (points)"] = differences(sweep)
@@ -102,6 +105,14 @@ def _figures(sweep: Sweep, drawn: Figures, folder: str) -> list[str]:
     ]
     caption = [escape_markdown(notes.curves(sweep))] if curves else []
     return ["## Figures", *caption, *parts] if parts else []
+
+
+def _quantities(sweep: Sweep) -> list[str]:
+    parts = []
+    for found in sweep.claim.quantities if sweep.claim else ():
+        parts.append(escape_markdown(notes.quantity(found.name, sweep)))
+        parts.append(markdown_table(tables.quantity_table(found, sweep)))
+    return ["## Quantities", *parts] if parts else []
 
 
 def _published(sweep: Sweep) -> list[str]:

@@ -63,6 +63,19 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
     return _by_step(points), {name: _by_step(values) for name, values in probe.items()}
 
 
+def read_series(path: Path, split: str) -> dict[str, Curve]:
+    """Returns the finite numbers of metrics.jsonl's lines of a split, by name; {} without file."""
+    found: dict[str, dict[int, float]] = {}
+    for event in _parse_lines((_read(path, [], required=False) or b"").split(b"\n")):
+        step = integer(event.get("step")) if isinstance(event, dict) else None
+        if step is None or event.get("split") != split:
+            continue
+        for name, value in event.items():
+            if name != "step" and (measured := number(value)) is not None:
+                found.setdefault(one_line(name), {})[step] = measured
+    return {name: _by_step(values) for name, values in found.items()}
+
+
 def read_seconds(path: Path, curve: Curve) -> tuple[float, ...]:
     """Returns the training seconds of timing.jsonl at each point of a curve.
 

@@ -102,6 +102,8 @@ def verdict(sweep: Sweep) -> str:
 def published(table: PublishedTable) -> list[str]:
     """Returns where a paper's numbers come from and how far they compare."""
     found = [f"{table.source}: {table.setting}." if table.source else f"{table.setting}."]
+    if table.quantity:
+        found.insert(0, f"{table.quantity[:1].upper()}{table.quantity[1:]}.")
     if table.sure:
         found.append(f"How sure: {table.sure}.")
     if table.as_error:
@@ -109,6 +111,11 @@ def published(table: PublishedTable) -> list[str]:
     if not table.same_setting:
         found.append("Not this scale's setting: compare order and sign, not values.")
     return found
+
+
+def quantity(name: str, sweep: Sweep) -> str:
+    """Returns what a table of a quantity shows."""
+    return f"{name[:1].upper()}{name[1:]}: mean over seeds with {_interval(sweep)}; n seeds."
 
 
 def probe(sweep: Sweep) -> str:

@@ -38,6 +38,7 @@ def html(sweep: Sweep, drawn: Figures | None = None, links: bool = True) -> str:
         f'<p class="muted">{notes.headline(sweep)}</p>',
         _table(tables.headline(sweep), "headline", under=_overrides(sweep)),
         _choices(sweep),
+        _quantities(sweep),
         _published(sweep),
         _curves(sweep, drawn.curves),
         _swept(sweep, drawn.swept),
@@ -131,6 +132,14 @@ def _claim(sweep: Sweep) -> str:
 def _choices(sweep: Sweep) -> str:
     chosen = notes.choices(sweep)
     return f"<h3>Chosen on the validation split</h3>{_list(chosen)}" if chosen else ""
+
+
+def _quantities(sweep: Sweep) -> str:
+    parts = []
+    for found in sweep.claim.quantities if sweep.claim else ():
+        parts.append(f'<p class="muted">{escape(notes.quantity(found.name, sweep))}</p>')
+        parts.append(_table(tables.quantity_table(found, sweep), "quantity"))
+    return "\n".join(["<h2>Quantities</h2>", *parts]) if parts else ""
 
 
 def _published(sweep: Sweep) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from normlab.report.claim import PublishedNumber, PublishedTable
 from normlab.report.row import Row, Sweep
-from normlab.report.tables import NOTHING, Cell, Table, accuracy_cell
+from normlab.report.tables import NOTHING, Cell, Table, accuracy_cell, quantity_cell
 
 
 def beside(sweep: Sweep, table: PublishedTable) -> Table:
@@ -18,33 +18,51 @@ def beside(sweep: Sweep, table: PublishedTable) -> Table:
             runs = sweep.cell(setting, norm)
             theirs = table.number(norm, _places(setting, runs))
             if theirs is not None:
-                ours = accuracy_cell(runs, sweep.interval)
+                ours = _ours(sweep, table, setting, norm)
                 rows.append((Cell(setting), Cell(norm), *_cells(theirs, ours, table)))
+    unit = "" if table.quantity else " (%)"
     return Table(
-        columns=("setting", "normalizer", "paper (%)", "ours (%)", "ours − paper"),
+        columns=("setting", "normalizer", f"paper{unit}", f"ours{unit}", "ours − paper"),
         rows=tuple(rows),
         num_names=2,
         words=frozenset({0, 1}),
     )
 
 
+def _ours(sweep: Sweep, table: PublishedTable, setting: str, norm: str) -> Cell:
+    if table.quantity and sweep.claim is not None:
+        measured = sweep.claim.quantity(table.quantity)
+        return quantity_cell(measured, setting, norm, sweep.interval)
+    return accuracy_cell(sweep.cell(setting, norm), sweep.interval)
+
+
 def numbers(sweep: Sweep) -> list[dict[str, Any]]:
-    """Returns every cell of the headline as JSON values, with the paper's number if it has one."""
+    """Returns every cell as JSON values, with the paper's number if it has one.
+
+    The cells are those of the quantities that the claim is about, or else of the headline.
+    """
+    claim = sweep.claim
+    names = [quantity.name for quantity in claim.quantities] if claim else []
     found = []
-    for setting in sweep.settings:
-        for norm in sweep.norms:
-            runs = sweep.cell(setting, norm)
-            if not runs:
-                continue
-            theirs = [
-                (number.value, table.same_setting)
-                for table in (sweep.claim.published if sweep.claim else ())
-                if (number := table.number(norm, _places(setting, runs))) is not None
-            ]
-            paper, same_setting = theirs[0] if theirs else (None, False)
-            ours = str(accuracy_cell(runs, sweep.interval))
-            cell = {"setting": setting, "norm": norm, "ours": ours}
-            found.append({**cell, "paper": paper, "same_setting": same_setting})
+    for name in names or [""]:
+        for setting in sweep.settings:
+            for norm in sweep.norms:
+                runs = sweep.cell(setting, norm)
+                if claim and name:
+                    ours = quantity_cell(claim.quantity(name), setting, norm, sweep.interval)
+                else:
+                    ours = accuracy_cell(runs, sweep.interval)
+                if not runs or (name and ours == Cell()):
+                    continue
+                theirs = [
+                    (number.value, table.same_setting)
+                    for table in (claim.published if claim else ())
+                    if table.quantity == name
+                    if (number := table.number(norm, _places(setting, runs))) is not None
+                ]
+                paper, same_setting = theirs[0] if theirs else (None, False)
+                cell = {"quantity": name, "setting": setting, "norm": norm, "ours": str(ours)}
+                found.append({**cell, "paper": paper, "same_setting": same_setting})
     return found
 
 
@@ -61,11 +79,12 @@ def _cells(theirs: PublishedNumber, ours: Cell, table: PublishedTable) -> tuple[
     detail = f"std {theirs.std:g}" if theirs.std is not None else ""
     if theirs.n is not None:
         detail = f"{detail} n={theirs.n}".strip()
-    paper = Cell(f"{theirs.value:.2f}", detail=detail)
+    decimals = 4 if table.quantity else 2
+    paper = Cell(f"{theirs.value:.{decimals}f}", detail=detail)
     try:
         mean = float(ours.text)
     except ValueError:
         return paper, ours, Cell()
     if not table.same_setting:
         return paper, ours, Cell(NOTHING)
-    return paper, ours, Cell(f"{mean - theirs.value:+.2f}")
+    return paper, ours, Cell(f"{mean - theirs.value:+.{decimals}f}")

@@ -175,6 +175,8 @@ def _cells(found: dict[str, Any], page: str) -> list[str]:
     published, ours = [], []
     for number in found["numbers"]:
         where = number["norm"] if number["setting"] == "base" else _place(number)
+        if number.get("quantity"):
+            where = f"{number['quantity']}, {where}:"
         if number["paper"] is not None:
             mark = "" if number["same_setting"] else " (another setting)"
             published.append(escape_markdown(f"{where} {number['paper']:g}{mark}"))

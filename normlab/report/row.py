@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.report.claim import Claim
+from normlab.report.files import read_series
 
 STATES = ("done", "diverged", "failed", "interrupted", "running", "planned")
 """A run's state is its status.json's, `planned` if it has no folder yet."""
@@ -42,6 +43,13 @@ class Row:
     pairing: Mapping[str, str] = field(default_factory=dict)  # what runs of one seed share: hashes
     started: str = ""  # UTC, ISO 8601
     notes: tuple[str, ...] = ()  # faults of the run's files, one line each
+
+    def series(self, split: str) -> dict[str, tuple[tuple[int, float], ...]]:
+        """Returns the numbers in metrics.jsonl's lines of a split: {name: (step, value), by step}.
+
+        Read when asked for: the lines of layers and of signals are many.
+        """
+        return read_series(self.path / "metrics.jsonl", split)
 
     def number(self, name: str) -> float | None:
         """Returns the run's final metric `name`, None if it was not measured or is not finite."""

@@ -1,10 +1,12 @@
 """Rows to tables: what stands in each cell. `drawing`, `document` and `page` show them."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from normlab.report.quantity import Quantity
 from normlab.report.row import STATES, Row, Sweep, measured
 from normlab.report.statistics import Summary, summarize
 
@@ -82,6 +84,35 @@ def accuracy_cell(rows: Sequence[Row], interval: str, metric: str = "test_accura
         *_percent(summary),
         detail=" ".join(filter(None, (f"n={summary.n}", dagger))),
         marks=tuple(f"{count}/{len(rows)} {what}" for what, count in missing.items()),
+    )
+
+
+def quantity_cell(quantity: Quantity, setting: str, norm: str, interval: str) -> Cell:
+    """Returns the mean over seeds with its interval and n, to four significant digits."""
+    summary = summarize(quantity.values.get((setting, norm), {}).values(), kind=interval)
+    if summary.mean is None:
+        return Cell()
+    decimals = 3
+    if summary.mean:
+        decimals = min(max(3 - math.floor(math.log10(abs(summary.mean))), 0), 6)
+    spread = "" if summary.interval is None else summary.interval.text(decimals)
+    return Cell(f"{summary.mean:.{decimals}f}", spread, detail=f"n={summary.n}")
+
+
+def quantity_table(quantity: Quantity, sweep: Sweep) -> Table:
+    """Returns normalizers × settings of one quantity."""
+    return Table(
+        columns=("normalizer", *sweep.settings),
+        rows=tuple(
+            (
+                Cell(norm),
+                *(
+                    quantity_cell(quantity, setting, norm, sweep.interval)
+                    for setting in sweep.settings
+                ),
+            )
+            for norm in sweep.norms
+        ),
     )
 
 

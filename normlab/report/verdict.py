@@ -6,12 +6,14 @@ together (Bonferroni). A claim is reproduced if all of its hypotheses hold, not 
 contradicted, and underpowered otherwise: then the seeds were too few to tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from normlab.report.differences import accuracy_in_points, compare
-from normlab.report.row import Row, Sweep, digest
+from normlab.report import quantity
+from normlab.report.differences import Measure, accuracy_in_points, compare, over_seeds
+from normlab.report.quantity import Quantity
+from normlab.report.row import MEASURED, Row, Sweep, digest
 from normlab.report.statistics import (
     ENOUGH_TO_RESAMPLE,
     INTERVALS,
@@ -37,8 +39,6 @@ TOGETHER = {
     ),
 }
 
-Measure = Callable[[Row], float | None]
-
 Place = str | tuple[str, str]
 """A normalizer, or (normalizer, setting) where there are several settings."""
 
@@ -54,10 +54,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """`a` exceeds `b` by more than `margin`; or, if `equal`, they differ by less."""
+    """`a` exceeds `b` by more than `margin`; or, if `equal`, they differ by less.
+
+    Where `b` is a number, such as theory gives, the mean of `a` is tested against it.
+    """
 
     a: Place
-    b: Place
+    b: Place | float
     margin: float = 0.0
     equal: bool = False
     measure: Measure = accuracy_in_points
@@ -66,14 +69,19 @@ class Hypothesis:
 
     def judge(self, sweep: Sweep, comparisons: int) -> tuple[bool | None, str]:
         """Returns (holds, contradicted or None if undecided; a sentence with the numbers)."""
-        a, b = _rows(sweep, self.a), _rows(sweep, self.b)
-        difference, marks = compare(a, b, comparisons, sweep.interval, self.measure)
+        a = _rows(sweep, self.a)
+        if isinstance(self.b, (int, float)):
+            b, marks = (), ()  # type: tuple[Row, ...], tuple[str, ...]
+            difference = over_seeds(a, self.b, comparisons, sweep.interval, self.measure)
+        else:
+            b = _rows(sweep, self.b)
+            difference, marks = compare(a, b, comparisons, sweep.interval, self.measure)
         holds = self._holds(difference)
         about = f"{self.what} of " if self.what else ""
         statement = f"{about}{_words(self.a)} {self._relation()} {_words(self.b)}"
         answer = {True: "holds", False: "contradicted", None: "undecided"}[holds]
         numbers = "; ".join([_numbers(difference, self.unit), *marks])
-        if {row.id for row in a} == {row.id for row in b}:
+        if b and {row.id for row in a} == {row.id for row in b}:
             numbers = "the very same runs"
         # To lie within two bounds takes more than to lie beyond one: half the risk for each.
         power = (1 + POWER) / 2 if self.equal else POWER
@@ -84,9 +92,10 @@ class Hypothesis:
         return holds, f"{statement}: {answer} ({numbers})."
 
     def _relation(self) -> str:
+        margin = f"{self.margin:g} {self.unit}".rstrip()
         if self.equal:
-            return f"within {self.margin:g} {self.unit} of"
-        return f"more than {self.margin:g} {self.unit} above" if self.margin else "above"
+            return f"within {margin} of"
+        return f"more than {margin} above" if self.margin else "above"
 
     def _from_the_boundary(self, difference: Difference) -> Difference:
         """Returns the difference with its mean counted from where the answer changes."""
@@ -107,7 +116,7 @@ class Hypothesis:
         return True if low > self.margin else False if high < self.margin else None
 
 
-def above(a: Place, b: Place, margin: float = 0.0, **of_what: Any) -> Hypothesis:
+def above(a: Place, b: Place | float, margin: float = 0.0, **of_what: Any) -> Hypothesis:
     """Returns the hypothesis that a − b is above `margin`.
 
     `of_what`: `measure`, `what` and `unit` of a hypothesis about something else than test accuracy.
@@ -115,7 +124,7 @@ def above(a: Place, b: Place, margin: float = 0.0, **of_what: Any) -> Hypothesis
     return Hypothesis(a, b, margin, **of_what)
 
 
-def close(a: Place, b: Place, margin: float, **of_what: Any) -> Hypothesis:
+def close(a: Place, b: Place | float, margin: float, **of_what: Any) -> Hypothesis:
     """Returns the hypothesis that a and b differ by less than `margin` (equivalence)."""
     return Hypothesis(a, b, margin, equal=True, **of_what)
 
@@ -171,8 +180,14 @@ def _check(found: Any) -> None:
             raise TypeError(f"{name} {text!r} is no text")
 
 
-def as_json(verdict: Verdict, sweep: Sweep) -> dict[str, object]:
-    """Returns the verdict as it is kept in a sweep's folder, with its interval and rows' digest."""
+def as_json(
+    verdict: Verdict, sweep: Sweep, quantities: Mapping[str, Measure] | None = None
+) -> dict[str, object]:
+    """Returns the verdict as it is kept in a sweep's folder, with its interval and rows' digest.
+
+    And with the `quantities` of its rows: {name: measure}.
+    """
+    measured = [measure(name, x, sweep) for name, x in (quantities or {}).items()]
     return {
         "schema_version": 1,
         "outcome": verdict.outcome,
@@ -180,7 +195,23 @@ def as_json(verdict: Verdict, sweep: Sweep) -> dict[str, object]:
         "test": verdict.test,
         "interval": sweep.interval,
         "rows": digest(sweep),
+        "quantities": [quantity.as_json(found) for found in measured],
     }
+
+
+def measure(name: str, of_row: Measure, sweep: Sweep) -> Quantity:
+    """Returns a quantity of all runs that ended with a measurement and have it."""
+    values = {
+        (setting, norm): {
+            row.seed: value
+            for row in sweep.cell(setting, norm)
+            if row.seed is not None and row.state in MEASURED
+            if (value := of_row(row)) is not None
+        }
+        for setting in sweep.settings
+        for norm in sweep.norms
+    }
+    return Quantity(name, {place: found for place, found in values.items() if found})
 
 
 def _rows(sweep: Sweep, place: Place) -> tuple[Row, ...]:
@@ -195,14 +226,19 @@ def _rows(sweep: Sweep, place: Place) -> tuple[Row, ...]:
     return rows
 
 
-def _words(place: Place) -> str:
+def _words(place: Place | float) -> str:
+    if isinstance(place, (int, float)):
+        return f"{place:g}"
     return place if isinstance(place, str) else f"{place[0]} in {place[1]}"
 
 
 def _numbers(difference: Difference, unit: str) -> str:
     if difference.mean is None:
         return "no pair of runs"
+    unit = f" {unit}" if unit else ""
     if difference.interval is None:
         why = "one seed" if difference.n == 1 else f"{difference.n} seeds without spread"
-        return f"{difference.mean:+.2f} {unit} from {why}, so no interval"
-    return f"{difference.mean:+.2f} {difference.interval.text(2)} {unit}, {difference.n} seeds"
+        return f"{difference.mean:+.2f}{unit} from {why}, so no interval"
+    decimals = 2 if difference.interval.half_width >= 0.005 else 4
+    spread = difference.interval.text(decimals)
+    return f"{difference.mean:+.{decimals}f} {spread}{unit}, {difference.n} seeds"
