@@ -121,12 +121,22 @@ def _verdict(difference: Difference) -> str:
 
 
 def unpaired(a: Row, b: Row) -> str:
-    """Returns what two runs of one seed do not share though they should, "" if they are paired."""
+    """Returns what two runs of one seed do not share though they should, "" if they are paired.
+
+    Initial values are to be shared by nets that are the same up to their normalizers; between
+    others, as of standardized weights and plain ones, they are part of what is compared.
+    """
     for what in NEEDED:
         if not (a.pairing.get(what) and b.pairing.get(what)):
             return f"{what} not recorded"
     # A parameter need not be in both; anything else that only one of them says is not shared.
     common = a.pairing.keys() & b.pairing.keys()
     common |= {x for x in a.pairing.keys() | b.pairing.keys() if not x.startswith("initial ")}
+    if not _same_net(a, b):
+        common = {x for x in common if not x.startswith("initial ")}
     differs = (what for what in sorted(common) if a.pairing.get(what) != b.pairing.get(what))
     return next(differs, "")
+
+
+def _same_net(a: Row, b: Row) -> bool:
+    return all(a.config.get(part) == b.config.get(part) for part in ("model", "conv"))

@@ -14,7 +14,8 @@ from normlab.report.tables import DAGGER, NOTHING, count_states
 
 DIFFERENCES = (
     "Test accuracy minus that of {baseline}, in points, seed by seed: two runs of a seed share "
-    "data order, augmentation and the initial values of common parameters. Mean {interval} at "
+    "data order, augmentation and, in nets that differ in normalizers alone, the initial values of "
+    "common parameters. Mean {interval} at "
     "{level}. Bold: the interval excludes zero. Otherwise: how many more seeds "
     "give an 80% chance of it, should difference and spread be as seen; from few seeds, a rough "
     "guess."

@@ -122,3 +122,22 @@ def test_one_normalizer_has_no_differences(make_sweep, tmp_path):
     sweep = load(make_sweep(tmp_path, **TWO | {"norms": ("batch_norm",)}))
     assert differences(sweep).rows == ()
     assert "Paired differences" not in markdown(sweep) + html(sweep)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "paired"),
+    [({}, False), ({"norm.epsilon": 0.1}, False), ({"model.kind": "nf_resnet20"}, True)],
+)
+def test_nets_of_different_kinds_need_not_start_alike(make_sweep, tmp_path, overrides, paired):
+    def run(setting, norm, seed):
+        other = norm == "layer_norm"
+        digits = "3x3x1x16 bbbb" if other else "3x3x1x16 aaaa"
+        return {
+            "accuracy": 0.9 + 0.01 * seed + (0.02 + 0.001 * seed if other else 0.0),
+            "manifest": {"init_hashes": {"conv_stem/kernel": digits}},
+            "overrides": overrides if other else {},
+        }
+
+    make_sweep(tmp_path, **TWO, seeds=(0, 1, 2), run=run)
+    [found] = differences(load(tmp_path)).rows
+    assert str(found[3]) == ("3" if paired else "0")
