@@ -45,11 +45,13 @@ class StandardConv:
         padding: int | None = None,
         use_bias: bool = False,
         dtype: DTypeLike = "float32",
+        kernel_init: Initializer | None = None,
     ) -> nn.Module:
         """Returns a square 2-D convolution: [N, H, W, C] -> [N, H', W', features].
 
         `padding` in pixels on each side; None: (kernel_size − 1) / 2, as PyTorch and Caffe nets
-        have it (with a stride, XLA's SAME pads elsewhere and is another network).
+        have it (with a stride, XLA's SAME pads elsewhere and is another network). `kernel_init`:
+        where a model asks for weights other than this kind's.
         """
         side = (kernel_size - 1) // 2 if padding is None else padding
         return nn.Conv(
@@ -59,7 +61,7 @@ class StandardConv:
             padding=((side, side), (side, side)),
             use_bias=use_bias,
             dtype=dtype,
-            kernel_init=he_normal,
+            kernel_init=kernel_init or he_normal,
             conv_general_dilated=self.convolution(),
             name=name,
         )
@@ -78,12 +80,19 @@ class StandardConv:
             features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init, name=name
         )
 
-    def head(self, features: int, *, name: str, dtype: DTypeLike = "float32") -> nn.Module:
+    def head(
+        self,
+        features: int,
+        *,
+        name: str,
+        dtype: DTypeLike = "float32",
+        kernel_init: Initializer = lecun_normal,
+    ) -> nn.Module:
         """Returns a model's last layer: plain, whatever the hidden ones are.
 
         No normalizer follows it, so standardized weights would multiply the logits.
         """
-        return StandardConv.dense(self, features, name=name, dtype=dtype)
+        return StandardConv.dense(self, features, name=name, dtype=dtype, kernel_init=kernel_init)
 
     @property
     def starts_from_data(self) -> bool:

@@ -94,12 +94,13 @@ class WeightSpaceConv(StandardConv):
         padding: int | None = None,
         use_bias: bool = False,
         dtype: DTypeLike = "float32",
+        kernel_init: Initializer | None = None,
     ) -> nn.Module:
         """Returns a square 2-D convolution, as `StandardConv.conv`."""
         return WeightSpaceLayer(
             features,
             self,
-            self.kernel_init,
+            kernel_init or self.kernel_init,
             use_bias,
             dtype,
             kernel_size=(kernel_size, kernel_size),
@@ -140,9 +141,16 @@ class WeightNorm(WeightSpaceConv):
         """Returns ‖v‖: the layer starts as the plain one."""
         return weight_norms(kernel)
 
-    def head(self, features: int, *, name: str, dtype: DTypeLike = "float32") -> nn.Module:
+    def head(
+        self,
+        features: int,
+        *,
+        name: str,
+        dtype: DTypeLike = "float32",
+        kernel_init: Initializer = lecun_normal,
+    ) -> nn.Module:
         """Returns the classifier: weight-normalized like every layer (paper, section 2)."""
-        return self.dense(features, name=name, dtype=dtype)
+        return self.dense(features, name=name, dtype=dtype, kernel_init=kernel_init)
 
     @property
     def starts_from_data(self) -> bool:
