@@ -29,6 +29,39 @@ from normlab.models.fixup import (
 )
 from normlab.models.lenet import LeNet5
 from normlab.models.mlp import MLP
+from normlab.models.nf_regnet import (
+    NFRegNetB0,
+    NFRegNetB1,
+    NFRegNetB2,
+    NFRegNetB3,
+    NFRegNetB4,
+    NFRegNetB5,
+)
+from normlab.models.nf_resnet import (
+    NFResNet20,
+    NFResNet26,
+    NFResNet32,
+    NFResNet50,
+    NFResNet56,
+    NFResNet101,
+    NFResNet152,
+    NFResNet200,
+    NFResNet288,
+    PreActResNet20,
+    PreActResNet32,
+    PreActResNet50,
+    PreActResNet56,
+)
+from normlab.models.nfnet import (
+    NFNetF0,
+    NFNetF1,
+    NFNetF2,
+    NFNetF3,
+    NFNetF4,
+    NFNetF5,
+    NFNetF6,
+    NFNetF7,
+)
 from normlab.models.placement import parse_overrides
 from normlab.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from normlab.models.resnet_cifar import (
@@ -48,6 +81,7 @@ from normlab.models.weight_space import (
     WeightNorm,
     WeightStandardization,
 )
+from normlab.models.wide_resnet import SkipInitResNet, WideResNet
 from normlab.norms import make_norm
 from normlab.run_length import RunLength
 
@@ -67,6 +101,35 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet50": ResNet50,
     "resnet101": ResNet101,
     "resnet152": ResNet152,
+    "preact_resnet20": PreActResNet20,
+    "preact_resnet32": PreActResNet32,
+    "preact_resnet56": PreActResNet56,
+    "preact_resnet50": PreActResNet50,
+    "nf_resnet20": NFResNet20,
+    "nf_resnet32": NFResNet32,
+    "nf_resnet56": NFResNet56,
+    "nf_resnet26": NFResNet26,
+    "nf_resnet50": NFResNet50,
+    "nf_resnet101": NFResNet101,
+    "nf_resnet152": NFResNet152,
+    "nf_resnet200": NFResNet200,
+    "nf_resnet288": NFResNet288,
+    "nfnet_f0": NFNetF0,
+    "nfnet_f1": NFNetF1,
+    "nfnet_f2": NFNetF2,
+    "nfnet_f3": NFNetF3,
+    "nfnet_f4": NFNetF4,
+    "nfnet_f5": NFNetF5,
+    "nfnet_f6": NFNetF6,
+    "nfnet_f7": NFNetF7,
+    "nf_regnet_b0": NFRegNetB0,
+    "nf_regnet_b1": NFRegNetB1,
+    "nf_regnet_b2": NFRegNetB2,
+    "nf_regnet_b3": NFRegNetB3,
+    "nf_regnet_b4": NFRegNetB4,
+    "nf_regnet_b5": NFRegNetB5,
+    "wide_resnet": WideResNet,
+    "skipinit_resnet": SkipInitResNet,
     "fixup_resnet20": FixupResNet20,
     "fixup_resnet32": FixupResNet32,
     "fixup_resnet56": FixupResNet56,

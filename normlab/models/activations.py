@@ -13,6 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from normlab.errors import UserError, unknown
+
 
 def relu(x: Array) -> Array:
     """Returns max(x, 0), and NaN for NaN.
@@ -61,7 +63,34 @@ def gain(activation: Callable[[Array], Array]) -> float:
     z = 6 * (nodes + 1)
     z, weights = np.concatenate([-z, z]), np.tile(6 * weights, 2)
     density = weights * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    with jax.enable_x64(True):
+    # A model asks while it is traced; γ is a number all the same.
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         values = np.asarray(activation(jnp.asarray(z, jnp.float64)), np.float64)
     mean = density @ values
     return float(1 / np.sqrt(density @ (values - mean) ** 2))
+
+
+GAINS = ("exact", "released", "none")
+
+
+@functools.cache
+def scaled(activation: Callable[[Array], Array], kind: str) -> Callable[[Array], Array]:
+    """Returns γ·g for an activation g: γ `exact`, as `released`, or `none`, which is g itself.
+
+    Raises UserError for another kind, and for an activation of which no γ was released.
+    """
+    if kind not in GAINS:
+        raise unknown("'model.gain'", kind, GAINS)
+    if kind == "none":
+        return activation
+    if kind == "exact":
+        factor = gain(activation)
+    else:
+        released = {g: RELEASED_GAINS[name] for name, g in ACTIVATIONS.items()}
+        if activation not in released:
+            raise UserError(
+                "config field 'model.gain' = 'released' has no number for this activation; "
+                "'exact' has"
+            )
+        factor = released[activation]
+    return lambda x: activation(x) * factor

@@ -8,7 +8,7 @@ product (jaxlib 0.10.2).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,17 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 lecun_normal = nn.initializers.lecun_normal()
 """N(0, 1 / fan-in), truncated at two deviations."""
 
+Padding = int | Literal["SAME"] | None
+"""Of a convolution: pixels on each side; None: (kernel size − 1) / 2; SAME: XLA's."""
+
+
+def sides(kernel_size: int, padding: Padding) -> Any:
+    """Returns the padding of a square convolution as `lax.conv_general_dilated` takes it."""
+    if padding == "SAME":
+        return padding
+    side = (kernel_size - 1) // 2 if padding is None else padding
+    return ((side, side), (side, side))
+
 
 @dataclasses.dataclass(frozen=True)
 class StandardConv:
@@ -42,7 +53,8 @@ class StandardConv:
         *,
         name: str,
         strides: int = 1,
-        padding: int | None = None,
+        padding: Padding = None,
+        groups: int = 1,
         use_bias: bool = False,
         dtype: DTypeLike = "float32",
         kernel_init: Initializer | None = None,
@@ -50,15 +62,17 @@ class StandardConv:
         """Returns a square 2-D convolution: [N, H, W, C] -> [N, H', W', features].
 
         `padding` in pixels on each side; None: (kernel_size − 1) / 2, as PyTorch and Caffe nets
-        have it (with a stride, XLA's SAME pads elsewhere and is another network). `kernel_init`:
-        where a model asks for weights other than this kind's.
+        have it; "SAME": XLA's, which with a stride pads elsewhere and is another network. With
+        `groups`, each of as many parts of the outputs sees its own part of the inputs; the
+        kernel is [kernel_size, kernel_size, C / groups, features]. `kernel_init`: where a model
+        asks for weights other than this kind's.
         """
-        side = (kernel_size - 1) // 2 if padding is None else padding
         return nn.Conv(
             features,
             (kernel_size, kernel_size),
             strides=strides,
-            padding=((side, side), (side, side)),
+            padding=sides(kernel_size, padding),
+            feature_group_count=groups,
             use_bias=use_bias,
             dtype=dtype,
             kernel_init=kernel_init or he_normal,

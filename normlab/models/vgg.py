@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from normlab.models.activations import relu
 from normlab.models.conv import StandardConv, he_normal, linear_norm
+from normlab.models.drop import dropout
 from normlab.norms import NormFactory
 
 GROUP_WIDTHS = (64, 128, 256, 512, 512)
@@ -38,7 +39,7 @@ class VGG11(nn.Module):
     norm: NormFactory
     conv: StandardConv
     hidden_width: int = 0  # units of two dense layers before the head; 0: no such; paper: 4096
-    dropout_rate: float = 0.0  # of those layers' outputs in training; paper: 0.5
+    dropout: float = 0.0  # of those layers' outputs in training; paper: 0.5
     activation: Callable[[Array], Array] = relu  # of all layers
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
 
@@ -68,13 +69,11 @@ class VGG11(nn.Module):
             x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
             return self.conv.head(self.num_classes, name="head")(x)
         x = x.reshape(x.shape[0], -1)
-        keeps_all = not (train and self.has_rng("dropout"))
         for name in ("dense1", "dense2"):
             layer = self.conv.dense(
                 self.hidden_width, dtype=self.dtype, kernel_init=he_normal, name=name
             )
-            x = self.activation(layer(x))
-            x = nn.Dropout(self.dropout_rate, deterministic=keeps_all)(x)
+            x = dropout(self, self.activation(layer(x)), self.dropout, train=train)
         return self.conv.head(self.num_classes, name="head")(x.astype(jnp.float32))
 
 

@@ -14,7 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.models.conv import StandardConv, he_normal, lecun_normal
+from normlab.models.conv import Padding, StandardConv, he_normal, lecun_normal, sides
 from normlab.norms.normalizer import Initializer
 from normlab.norms.scaled_weight_standardization import scaled_standardized_weights
 from normlab.norms.weight_centering import centered_weights
@@ -37,12 +37,13 @@ class WeightSpaceLayer(nn.Module):
     dtype: DTypeLike
     kernel_size: tuple[int, ...] = ()
     strides: int = 1
-    side: int = 0  # pixels of padding
+    padding: Padding = None
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [N, H, W, C] -> [N, H', W', features], or x [..., C] -> [..., features]."""
-        shape = (*self.kernel_size, x.shape[-1], self.features)
+        shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
         params = {"kernel": self.param("kernel", self.kernel_init, shape)}
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
@@ -67,8 +68,9 @@ class WeightSpaceLayer(nn.Module):
             x,
             weights,
             (self.strides, self.strides),
-            ((self.side, self.side), (self.side, self.side)),
+            sides(self.kernel_size[0], self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
         )
 
 
@@ -91,7 +93,8 @@ class WeightSpaceConv(StandardConv):
         *,
         name: str,
         strides: int = 1,
-        padding: int | None = None,
+        padding: Padding = None,
+        groups: int = 1,
         use_bias: bool = False,
         dtype: DTypeLike = "float32",
         kernel_init: Initializer | None = None,
@@ -105,7 +108,8 @@ class WeightSpaceConv(StandardConv):
             dtype,
             kernel_size=(kernel_size, kernel_size),
             strides=strides,
-            side=(kernel_size - 1) // 2 if padding is None else padding,
+            padding=padding,
+            groups=groups,
             name=name,
         )
 

@@ -92,7 +92,7 @@ def test_small_images_go_through(side):
 
 
 def test_dropout_acts_in_training_with_a_key_alone():
-    net = model_of("vgg11", hidden_width=64, dropout_rate=0.5)
+    net = model_of("vgg11", hidden_width=64, dropout=0.5)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     variables = net.init(jax.random.key(1), x, train=False)
     still = net.apply(variables, x, train=False)
@@ -102,7 +102,7 @@ def test_dropout_acts_in_training_with_a_key_alone():
     assert np.any(net.apply(variables, x, train=True, rngs=rngs) != still)
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden_width", -1), ("dropout_rate", 1.5)])
+@pytest.mark.parametrize(("field", "value"), [("hidden_width", -1), ("dropout", 1.5)])
 def test_numbers_out_of_range_are_refused_in_one_line(field, value):
     config = load_config("configs/digits.py:model=vgg11", {f"model.{field}": value})
     with pytest.raises(UserError, match=rf"model\.{field}.*{value}") as error:
