@@ -18,6 +18,15 @@ from normlab.errors import unknown
 from normlab.models.activations import ACTIVATIONS
 from normlab.models.cnn import CNN
 from normlab.models.conv import StandardConv
+from normlab.models.deep_mlp import DeepMLP
+from normlab.models.fixup import (
+    FixupResNet20,
+    FixupResNet32,
+    FixupResNet50,
+    FixupResNet56,
+    FixupResNet101,
+    FixupResNet110,
+)
 from normlab.models.lenet import LeNet5
 from normlab.models.mlp import MLP
 from normlab.models.nf_regnet import (
@@ -64,6 +73,7 @@ from normlab.models.resnet_cifar import (
     ResNet110,
 )
 from normlab.models.rnn import RNN
+from normlab.models.vgg import VGG11, VGG13, VGG16, VGG19
 from normlab.models.vit import ViTTiny
 from normlab.models.weight_space import (
     ScaledWeightStandardization,
@@ -77,6 +87,7 @@ from normlab.run_length import RunLength
 
 MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
+    "deep_mlp": DeepMLP,
     "cnn": CNN,
     "lenet5": LeNet5,
     "resnet20": ResNet20,
@@ -119,6 +130,16 @@ MODELS: dict[str, type[nn.Module]] = {
     "nf_regnet_b5": NFRegNetB5,
     "wide_resnet": WideResNet,
     "skipinit_resnet": SkipInitResNet,
+    "fixup_resnet20": FixupResNet20,
+    "fixup_resnet32": FixupResNet32,
+    "fixup_resnet56": FixupResNet56,
+    "fixup_resnet110": FixupResNet110,
+    "fixup_resnet50": FixupResNet50,
+    "fixup_resnet101": FixupResNet101,
+    "vgg11": VGG11,
+    "vgg13": VGG13,
+    "vgg16": VGG16,
+    "vgg19": VGG19,
     "rnn": RNN,
     "vit_tiny": ViTTiny,
 }

@@ -57,13 +57,15 @@ class StandardConv:
         groups: int = 1,
         use_bias: bool = False,
         dtype: DTypeLike = "float32",
+        kernel_init: Initializer | None = None,
     ) -> nn.Module:
         """Returns a square 2-D convolution: [N, H, W, C] -> [N, H', W', features].
 
         `padding` in pixels on each side; None: (kernel_size − 1) / 2, as PyTorch and Caffe nets
         have it; "SAME": XLA's, which with a stride pads elsewhere and is another network. With
         `groups`, each of as many parts of the outputs sees its own part of the inputs; the
-        kernel is [kernel_size, kernel_size, C / groups, features].
+        kernel is [kernel_size, kernel_size, C / groups, features]. `kernel_init`: where a model
+        asks for weights other than this kind's.
         """
         return nn.Conv(
             features,
@@ -73,7 +75,7 @@ class StandardConv:
             feature_group_count=groups,
             use_bias=use_bias,
             dtype=dtype,
-            kernel_init=he_normal,
+            kernel_init=kernel_init or he_normal,
             conv_general_dilated=self.convolution(),
             name=name,
         )

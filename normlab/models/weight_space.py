@@ -97,12 +97,13 @@ class WeightSpaceConv(StandardConv):
         groups: int = 1,
         use_bias: bool = False,
         dtype: DTypeLike = "float32",
+        kernel_init: Initializer | None = None,
     ) -> nn.Module:
         """Returns a square 2-D convolution, as `StandardConv.conv`."""
         return WeightSpaceLayer(
             features,
             self,
-            self.kernel_init,
+            kernel_init or self.kernel_init,
             use_bias,
             dtype,
             kernel_size=(kernel_size, kernel_size),

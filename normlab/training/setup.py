@@ -129,6 +129,7 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("optim.b1", 0.0, 1.0),
     ("optim.b2", 0.0, 1.0),
     ("model.widths", 1, 2**31 - 1),
+    ("model.hidden_width", 0, 2**31 - 1),
     ("model.strides", 1, 2**31 - 1),
     ("model.width", 1, 2**31 - 1),
     ("model.depth", 1, 2**31 - 1),

@@ -9,8 +9,12 @@ from normlab.models import CONVS, MODELS, build
 from normlab.norms import NORMS
 
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-LARGE = ("resnet18_cifar", "resnet18", "resnet50")
-DEEPER = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152")
+LARGE = ("resnet18_cifar", "resnet18", "resnet50", "fixup_resnet20", "fixup_resnet50", "vgg11")
+DEEPER = (
+    *("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152"),
+    *("fixup_resnet32", "fixup_resnet56", "fixup_resnet110", "fixup_resnet101"),
+    *("vgg13", "vgg16", "vgg19"),
+)
 """The same blocks as another model has, more of them."""
 FEW = ("none", "batch_norm", "group_norm", "evonorm_b0", "online_norm")
 
@@ -37,7 +41,7 @@ WEIGHTED = [
 def assert_traces(model, norm, conv="standard"):
     """A training step forward, with half of the batch masked, and evaluation."""
     data = "mnist" if model == "lenet5" else "cifar10"
-    fewer = {"model.depth": 2} if model == "vit_tiny" else {}  # all blocks are alike
+    fewer = {"model.depth": 2} if model in ("vit_tiny", "deep_mlp") else {}  # all blocks are alike
     net = build(load_config(f"configs/{data}.py:model={model},norm={norm},conv={conv}", fewer))
     images, mask = jnp.zeros((2, *SHAPES[data])), jnp.array([True, False])
 
