@@ -53,6 +53,10 @@ class Signal(NamedTuple):
     variance: float  # mean over channels of the variance over the rest
 
 
+STANDARD = Signal(0.0, 1.0)
+"""That of a normalized array, and of standardized or Gaussian images."""
+
+
 class BlockSignal(NamedTuple):
     """A residual block: the end of its branch, and its output."""
 
@@ -87,7 +91,7 @@ def plain_signals(
     num_blocks: int,
     activation: Activation = relu,
     *,
-    start: Signal = Signal(0.0, 1.0),
+    start: Signal = STANDARD,
     layers: int = 2,
     weight_variance: float = 2.0,
 ) -> list[BlockSignal]:
@@ -108,7 +112,7 @@ def batch_norm_signals(
     transitions: Sequence[bool],
     activation: Activation = relu,
     *,
-    start: Signal = Signal(0.0, 1.0),
+    start: Signal = STANDARD,
     norm_last: bool = False,
     weight_variance: float = 2.0,
 ) -> list[BlockSignal]:
@@ -119,8 +123,7 @@ def batch_norm_signals(
     φ(BN(x)), so that the stream starts again. `norm_last`: the branch ends in a normalizer,
     x + BN(W ...), and the 1 is all variance; so does the shortcut.
     """
-    one = Signal(0.0, 1.0)
-    branch = one if norm_last else after_layer(one, activation, weight_variance)
+    branch = STANDARD if norm_last else after_layer(STANDARD, activation, weight_variance)
     blocks, stream = [], start
     for transition in transitions:
         stream = _sum(branch if transition else stream, branch)
@@ -140,7 +143,7 @@ def normalizer_free_signals(
     blocks, variance = [], start
     for transition in transitions:
         variance = (1.0 if transition else variance) + alpha**2
-        blocks.append(BlockSignal(Signal(0.0, 1.0), Signal(0.0, variance)))
+        blocks.append(BlockSignal(STANDARD, Signal(0.0, variance)))
     return blocks
 
 

@@ -67,7 +67,8 @@ def normal_quadrature() -> tuple[np.ndarray, np.ndarray]:
 def gain(activation: Callable[[Array], Array]) -> float:
     """Returns γ = 1/√Var(g(z)), z ~ N(0, 1), by quadrature in float64."""
     z, weights = normal_quadrature()
-    with jax.enable_x64(True):
+    # A model asks while it is traced; γ is a number all the same.
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         values = np.asarray(activation(jnp.asarray(z, jnp.float64)), np.float64)
     mean = weights @ values
     return float(1 / np.sqrt(weights @ (values - mean) ** 2))
