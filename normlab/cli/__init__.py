@@ -28,13 +28,17 @@ COMMANDS = {
     "status": "status",
     "watch": "watch",
     "inspect": "inspect",
+    "probe": "probe",
     "bench": "bench",
     "data": "data",
     "list": "names",
 }
 """Module of each command; the one of `list` would hide Python's own `list` in this package."""
 
-_COMPUTING = ("train", "compare", "sweep", "paper", "eval", "calibrate", "rerun", "bench")
+_COMPUTING = (
+    *("train", "compare", "sweep", "paper", "eval", "calibrate", "rerun"),
+    *("probe", "bench"),
+)
 
 
 def entry() -> NoReturn:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from normlab.models.activations import relu
 from normlab.models.conv import StandardConv, linear_norm
 from normlab.models.resnet_cifar import BasicBlock
+from normlab.models.signals import sow_signals
 from normlab.norms import NormAct, Normalizer, NormFactory
 
 
@@ -55,7 +56,9 @@ class BottleneckBlock(nn.Module):
         if residual.shape != x.shape:
             shortcut = conv(4 * self.features, 1, self.strides, "conv_shortcut")
             residual = after(shortcut, self.norm(name="norm_shortcut"), residual)
-        return self.activation(residual + x)
+        out = self.activation(residual + x)
+        sow_signals(self, branch=x, stream=out)
+        return out
 
 
 class ResNet18(nn.Module):

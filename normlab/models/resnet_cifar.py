@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from normlab.errors import UserError
 from normlab.models.activations import relu
 from normlab.models.conv import StandardConv, linear_norm
+from normlab.models.signals import sow_signals
 from normlab.norms import NormAct, Normalizer, NormFactory
 
 
@@ -57,7 +58,9 @@ class BasicBlock(nn.Module):
             else:
                 shortcut = conv(1, self.strides, "conv_shortcut")
                 residual = after(shortcut, self.norm(name="norm_shortcut"), residual)
-        return self.activation(residual + x)
+        out = self.activation(residual + x)
+        sow_signals(self, branch=x, stream=out)
+        return out
 
 
 def pad_channels(x: Array, channels: int) -> Array:

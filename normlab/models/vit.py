@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from normlab.errors import UserError, unknown
 from normlab.models.conv import StandardConv
+from normlab.models.signals import sow_signals
 from normlab.norms import NormFactory
 
 POOLINGS = ("class_token", "mean")
@@ -76,9 +77,12 @@ class Block(nn.Module):
         for i, branch in enumerate(branches, 1):
             norm = self.norm(name=f"norm{i}")
             if self.norm_position == "pre":
-                x = x + branch(norm(x, train=train, mask=mask)).astype(x.dtype)
+                y = branch(norm(x, train=train, mask=mask)).astype(x.dtype)
+                x = x + y
             else:
-                x = norm(x + branch(x).astype(x.dtype), train=train, mask=mask)
+                y = branch(x).astype(x.dtype)
+                x = norm(x + y, train=train, mask=mask)
+            sow_signals(self, branch=y, stream=x)
         return x
 
 

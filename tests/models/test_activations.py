@@ -36,3 +36,10 @@ def test_the_released_gains_are_high_by_up_to_a_thousandth(name):
     """Monte Carlo estimates: 1 to 9·10⁻⁴ above the exact ones, but for the identity."""
     excess = RELEASED_GAINS[name] / gain(ACTIVATIONS[name]) - 1
     assert (name == "identity" and abs(excess) < 1e-12) or 1e-4 < excess < 9e-4
+
+
+def test_a_gain_is_known_while_a_model_is_traced():
+    def shifted(x):
+        return x + 1
+
+    assert jax.jit(lambda x: gain(shifted) * x)(2.0) == pytest.approx(2)

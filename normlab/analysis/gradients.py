@@ -1,0 +1,196 @@
+"""Gradients by depth. Yang et al. 2019, arXiv:1902.08129; `mean_field` has the theory.
+
+Of each place: the L2 norm of the gradient by the place's output, over the whole batch, its square,
+and how many times larger the *square* is than that of the next place, nearer to the loss. The
+papers' factors (π / (π − 1) = 1.467 with ReLU) are those of the square; the norm grows by the root.
+
+Places are the normalizers, whose outputs are what enters an activation, the identity `none` among
+them; the linear layers but the last, the head, where a model has no normalizer; and of a residual
+network its blocks. (By the input of a normalizer the gradient would be as many times larger as that
+input is smaller.) What is differentiated is the mean cross entropy of the batch, or, as theory has
+it, a random linear function of the logits.
+
+The gradient by a layer's output is that by a zero array added to it, so nothing is asked of a
+model. Of a layer in a loop (a recurrent cell) it is the sum over the loop's steps.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from normlab.analysis.mean_field import gradient_growth
+from normlab.analysis.signals import block_paths, describe, linear_paths, place_kind
+from normlab.analysis.subject import Subject
+from normlab.errors import unknown
+from normlab.models.activations import ACTIVATIONS
+from normlab.models.layers import norm_layers
+from normlab.report.profiles import Profile
+from normlab.training.step import cross_entropy
+
+OBJECTIVES = ("loss", "functional")
+
+PLAIN_MODELS = ("mlp", "deep_mlp")
+"""Models of layers activation(BN(W x)), to which the theory of `mean_field` applies."""
+
+
+def measure_gradients(
+    subject: Subject,
+    *,
+    by: str | None = None,
+    objective: str = "loss",
+    batch_statistics: bool = True,
+) -> Profile:
+    """Returns gradient_norm, squared_gradient_norm and growth (of the square) of each place.
+
+    `objective` "functional": Σ r·logits with r ~ N(0, 1) in place of the loss. `by` and
+    `batch_statistics` as of `measure_signals`. The summary has the growth a place: the geometric
+    mean from the last place to the first, over all seeds.
+    """
+    if objective not in OBJECTIVES:
+        raise unknown("objective", objective, OBJECTIVES)
+    chosen = place_kind(subject, by)
+    model = subject.parts.model
+    paths = set(block_paths(subject) if chosen == "blocks" else _layers(subject))
+    names: list[str] = []
+
+    @jax.jit
+    def squares(variables: Any, images: Array, labels: Array, functional: Array) -> list[Array]:
+        def value(shifts: dict[str, Array]) -> Array:
+            logits = _shifted(model, variables, images, batch_statistics, shifts)
+            if objective == "functional":
+                return jnp.sum(functional * logits)
+            return jnp.mean(cross_entropy(logits, labels))
+
+        zeros = _zeros(model, variables, images, batch_statistics, paths)
+        names[:] = list(zeros)  # in the order of the layers; a traced dict comes back sorted
+        found = jax.grad(value)(zeros)
+        return [jnp.sum(jnp.square(found[name].astype(jnp.float32))) for name in names]
+
+    seeds, rows = [], []
+    for draw in subject.draws():
+        shape = (len(draw.labels), subject.parts.info.num_classes)
+        functional = jax.random.normal(jax.random.fold_in(jax.random.key(draw.seed), 1), shape)
+        found = squares(draw.variables, draw.images, draw.labels, functional)
+        seeds.append(draw.seed)
+        rows.append([float(square) for square in jax.device_get(found)])
+    growths = [_growths(row) for row in rows]
+    expected = predicted_growth(subject) if batch_statistics and chosen == "layers" else None
+    predicted, summary = {}, {"growth of the squared norm a place": _geometric_mean(rows)}
+    if expected is not None:
+        predicted = {"growth": [expected[0]] * (len(names) - 1) + [None]}
+        summary[f"predicted, {expected[1]}"] = expected[0]
+    return Profile(
+        probe="gradients",
+        title=f"Gradients by depth: {subject.parts.config.model.kind}",
+        subject=describe(subject)
+        | {
+            "places": chosen,
+            "statistics": "batch" if batch_statistics else "running",
+            "objective": objective,
+        },
+        places=tuple(names),
+        seeds=tuple(seeds),
+        values={
+            "gradient_norm": [[math.sqrt(square) for square in row] for row in rows],
+            "squared_gradient_norm": rows,
+            "growth": growths,
+        },
+        predicted=predicted,
+        drawn=("squared_gradient_norm",),
+        ylabel="squared norm of the gradient",
+        summary=summary,
+    )
+
+
+def predicted_growth(subject: Subject) -> tuple[float, str] | None:
+    """Returns the growth of the squared norm a layer by `mean_field`, and what it holds for.
+
+    None where it says nothing: it does for batch normalization in a plain network of standard
+    layers, without overrides.
+    """
+    config = subject.parts.config
+    fits = (
+        config.model.kind in PLAIN_MODELS
+        and config.norm.kind == "batch_norm"
+        and config.conv.kind == "standard"
+        and not config.norm_overrides
+    )
+    if not fits:
+        return None
+    scope = config.batch_stats
+    group = scope.ghost_size if scope.scope == "ghost" else subject.parts.length.batch_size
+    if scope.scope == "device":
+        group //= jax.device_count()
+    if config.model.activation != "identity":
+        return gradient_growth(ACTIVATIONS[config.model.activation]), "limit of large batches"
+    if group <= 3:
+        return None
+    return gradient_growth(ACTIVATIONS["identity"], group), f"exact for a batch of {group}"
+
+
+def _layers(subject: Subject) -> list[str]:
+    """Returns the paths of the normalizers, or, if there is none, of the hidden linear layers."""
+    norms = norm_layers(subject.parts.model, subject.parts.info.image_shape)
+    linear = linear_paths(subject.parts.abstract_variables()["params"]) - {"head"}
+    return [layer.path for layer in norms] or sorted(linear)
+
+
+def _shifted(
+    model: nn.Module, variables: Any, images: Array, train: bool, shifts: dict[str, Array]
+) -> Array:
+    """Returns the logits with an array added to the output of each module of `shifts`."""
+
+    def shift(y: Array, path: str) -> Array:
+        return y + shifts[path] if path in shifts else y
+
+    return _with_outputs(model, variables, images, train, shift)
+
+
+def _zeros(
+    model: nn.Module, variables: Any, images: Array, train: bool, paths: set[str]
+) -> dict[str, Array]:
+    """Returns zeros like the outputs of the modules at `paths`, in the order of the calls."""
+    found: dict[str, Array] = {}
+
+    def note(y: Array, path: str) -> Array:
+        if path in paths:
+            found[path] = jnp.zeros(y.shape, y.dtype)
+        return y
+
+    jax.eval_shape(lambda: _with_outputs(model, variables, images, train, note))
+    return {path: jnp.zeros(y.shape, y.dtype) for path, y in found.items()}
+
+
+def _with_outputs(
+    model: nn.Module, variables: Any, images: Array, train: bool, change: Any
+) -> Array:
+    """Returns the logits, each module's output y in its place changed to change(y, path)."""
+
+    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = call(*args, **kwargs)
+        changes = context.method_name == "__call__" and isinstance(y, jax.Array)
+        return change(y, "/".join(context.module.path)) if changes else y
+
+    with nn.intercept_methods(watch):
+        logits, _ = model.apply(variables, images, train=train, mutable=["batch_stats"])
+    return logits
+
+
+def _growths(squares: list[float]) -> list[float | None]:
+    pairs = itertools.pairwise(squares)
+    return [*(a / b if b > 0 and math.isfinite(a) else None for a, b in pairs), None]
+
+
+def _geometric_mean(rows: list[list[float]]) -> float | None:
+    """Returns the growth of one place, as a mean over places and seeds of its logarithm."""
+    ends = [(row[0], row[-1]) for row in rows]
+    places = len(rows[0]) - 1
+    if places < 1 or not all(0 < end < math.inf for pair in ends for end in pair):
+        return None
+    logs = [math.log(first / last) / places for first, last in ends]
+    return math.exp(math.fsum(logs) / len(logs))

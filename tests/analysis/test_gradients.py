@@ -1,0 +1,128 @@
+"""Gradients by depth: by hand, and against theory."""
+
+import math
+
+import numpy as np
+import pytest
+
+from normlab.analysis.gradients import measure_gradients, predicted_growth
+from normlab.analysis.mean_field import gradient_growth
+from normlab.analysis.subject import fresh
+from normlab.config import load_config
+from normlab.errors import UserError
+from normlab.models.activations import relu
+
+
+def subject_of(choices, num_seeds=1, **fields):
+    names = {name.replace("__", "."): value for name, value in fields.items()}
+    return fresh(load_config(f"configs/digits.py:{choices}", names), num_seeds=num_seeds)
+
+
+def growth(profile):
+    return profile.summary["growth of the squared norm a place"]
+
+
+def test_a_linear_networks_gradients_by_hand():
+    """Of L = loss(h W₂ W₃): ∂L/∂(h W₂) = r W₃ᵀ and ∂L/∂h = r W₃ᵀ W₂ᵀ, r = (softmax − label)/B."""
+    subject = subject_of("model=mlp,norm=none", model__widths=(8, 6), model__activation="identity")
+    profile = measure_gradients(subject)
+    [draw] = subject.draws()
+    params = draw.variables["params"]
+    kernels = [np.asarray(params[name]["kernel"], float) for name in ("dense1", "dense2", "head")]
+    x = np.asarray(draw.images, np.float64).reshape(len(draw.images), -1)
+    logits = np.exp(x @ kernels[0] @ kernels[1] @ kernels[2])
+    r = (logits / logits.sum(1, keepdims=True) - np.eye(10)[draw.labels]) / len(x)
+    expected = [r @ kernels[2].T @ kernels[1].T, r @ kernels[2].T]
+    squares = [np.sum(g**2) for g in expected]
+    assert profile.places == ("norm1", "norm2")
+    np.testing.assert_allclose(profile.mean("squared_gradient_norm"), squares, rtol=1e-4)
+    np.testing.assert_allclose(profile.mean("gradient_norm"), np.sqrt(squares), rtol=1e-4)
+    assert profile.mean("growth")[0] == pytest.approx(squares[0] / squares[1], rel=1e-4)
+    assert profile.mean("growth")[1] is None
+    assert growth(profile) == pytest.approx(squares[0] / squares[1], rel=1e-4)
+    assert not profile.predicted
+
+
+def test_a_residual_network_goes_by_its_blocks():
+    """Behind the last block: the mean over its 4 positions, and the head."""
+    subject = subject_of("model=resnet20", model__stage_sizes=(1, 1, 1), train__batch_size=8)
+    profile = measure_gradients(subject, objective="functional")
+    assert profile.places == ("stage1_block1", "stage2_block1", "stage3_block1")
+    [draw] = subject.draws()
+    head = np.asarray(draw.variables["params"]["head"]["kernel"], np.float64)
+    # E‖r Wᵀ‖² = B Σ W² for r ~ N(0, 1), spread over 4 positions: /4². r is drawn, so roughly.
+    assert profile.mean("squared_gradient_norm")[-1] == pytest.approx(
+        8 * np.sum(head**2) / 4, rel=0.5
+    )
+    layers = measure_gradients(subject, by="layers")
+    assert layers.places[:3] == ("norm_stem", "stage1_block1/norm1", "stage1_block1/norm2")
+
+
+def test_a_cell_of_a_loop_has_one_gradient():
+    profile = measure_gradients(subject_of("model=rnn", model__widths=(8,)))
+    assert "layer1/cell/norm_hidden" in profile.places
+    assert all(square > 0 for square in profile.mean("squared_gradient_norm"))
+
+
+@pytest.mark.parametrize(
+    ("activation", "batch_size", "rel"), [("identity", 8, 0.03), ("relu", 256, 0.02)]
+)
+def test_gradients_grow_with_batch_norm_as_theory_has_it(activation, batch_size, rel):
+    subject = subject_of(
+        "model=mlp",
+        num_seeds=4,
+        model__widths=(256,) * 8,
+        model__activation=activation,
+        train__batch_size=batch_size,
+    )
+    profile = measure_gradients(subject, objective="functional")
+    [expected] = (value for name, value in profile.summary.items() if "predicted" in name)
+    assert growth(profile) == pytest.approx(expected, rel=rel)
+    assert profile.predicted["growth"] == [expected] * 7 + [None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("activation", "batch_size", "published"),
+    [
+        ("identity", 8, 1.204),
+        ("identity", 16, 1.079),
+        ("identity", 32, 1.031),
+        ("relu", 8, 1.78),
+        ("relu", 16, 1.58),
+        ("relu", 32, 1.52),
+        ("relu", 64, 1.49),
+        ("relu", 256, 1.463),
+        ("tanh", 256, 1.186),
+    ],
+)
+def test_the_growth_of_24_layers_of_512(activation, batch_size, published):
+    subject = subject_of(
+        "model=mlp",
+        num_seeds=5,
+        model__widths=(512,) * 24,
+        model__activation=activation,
+        train__batch_size=batch_size,
+    )
+    profile = measure_gradients(subject, objective="functional")
+    assert growth(profile) == pytest.approx(published, rel=0.02)
+
+
+def test_predictions_are_made_where_the_theory_applies():
+    fields = {"model__activation": "relu"}
+    limit = (gradient_growth(relu), "limit of large batches")
+    assert predicted_growth(subject_of("model=mlp", **fields)) == limit
+    assert limit[0] == pytest.approx(math.pi / (math.pi - 1))
+    ghosts = {"batch_stats__scope": "ghost", "batch_stats__ghost_size": 8}
+    linear = subject_of("model=mlp", model__activation="identity", **ghosts)
+    assert predicted_growth(linear) == (6 / 5, "exact for a batch of 8")
+    for choices in ("model=cnn", "model=mlp,norm=layer_norm", "model=mlp,conv=weight_norm"):
+        assert predicted_growth(subject_of(choices)) is None
+    assert predicted_growth(subject_of("model=mlp", norm_overrides=("norm1=none",))) is None
+    ghosts["batch_stats__ghost_size"] = 2
+    assert predicted_growth(subject_of("model=mlp", model__activation="identity", **ghosts)) is None
+
+
+def test_an_objective_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="unknown objective 'los'; did you mean 'loss'"):
+        measure_gradients(subject_of("model=mlp"), objective="los")
