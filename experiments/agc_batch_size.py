@@ -6,7 +6,17 @@ learning rate scaled along, 0.1·B/256. The paper draws the result and prints no
 clipping the accuracy falls off at large batches, with it (λ = 0.01) it holds.
 """
 
-from normlab.experiment import Experiment, Grid, Published, Scale, above, all_of, close, grid, settings
+from normlab.experiment import (
+    Experiment,
+    Grid,
+    Published,
+    Scale,
+    above,
+    all_of,
+    close,
+    grid,
+    settings,
+)
 
 
 def batches(sizes: tuple[int, ...], clipping: float) -> Grid:

@@ -1,8 +1,9 @@
 """Brock, De, Smith & Simonyan 2021 (arXiv:2102.06171), section 4.1: which layers to clip.
 
-An NF-ResNet-50 at batch 4096, λ = 0.01, learning rate 1.6, with layers left out of adaptive gradient
-clipping. The paper says, without numbers: it is always better not to clip the final linear layer; the
-stem can often go without; all four stages of residual blocks must be clipped to train stably.
+An NF-ResNet-50 at batch 4096, λ = 0.01, learning rate 1.6, with layers left out of adaptive
+gradient clipping. The paper says, without numbers: it is always better not to clip the final linear
+layer; the stem can often go without; all four stages of residual blocks must be clipped to train
+stably.
 """
 
 from normlab.experiment import Experiment, Published, Scale, above, all_of, close, grid, settings

@@ -5,7 +5,17 @@ learning rate scaled along: small batches stand a large λ, large ones need a sm
 a figure only.
 """
 
-from normlab.experiment import Experiment, Grid, Published, Scale, above, all_of, close, grid, settings
+from normlab.experiment import (
+    Experiment,
+    Grid,
+    Published,
+    Scale,
+    above,
+    all_of,
+    close,
+    grid,
+    settings,
+)
 
 THRESHOLDS = (0.01, 0.02, 0.04, 0.08, 0.16)
 

@@ -4,8 +4,8 @@ unnormalized ResNets" (arXiv:2101.08692), tables 1 and 2.
 Normalizer-free ResNets against pre-activation ResNets with batch normalization: the same blocks,
 `preact_resnet20` and `nf_resnet20`, which differ in the normalizer and what takes its place (scaled
 weight standardization, α, β, skip gains). With statistics of 4 images at a time batch normalization
-falls behind, and the normalizer-free net, which has no statistics, is the very same runs. (The paper
-trains with batches of 4; here the batch, and so the noise of the gradient, stays as it is.)
+falls behind, and the normalizer-free net, which has no statistics, is the very same runs. (The
+paper trains with batches of 4; here the batch, and so the noise of the gradient, stays as it is.)
 
 The nets of 32×32 images have neither dropout nor stochastic depth, as the paper's first column.
 """
@@ -81,8 +81,8 @@ EXPERIMENT = Experiment(
                 close("none", "batch_norm", margin=10.0),
             ),
             claim=(
-                "In two epochs a normalizer-free ResNet-20 trains stably to far above chance, within "
-                "ten points of one with batch normalization."
+                "In two epochs a normalizer-free ResNet-20 trains stably to far above chance, "
+                "within ten points of one with batch normalization."
             ),
             cost="45 minutes on 2 cores",
         ),
