@@ -55,15 +55,17 @@ def make_plan(
     *,
     seeds: Iterable[int],
     overrides: Mapping[str, Any],
+    declared: Mapping[str, Any] | None = None,
     experiment: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Returns the runs of a grid × seeds over one config.
 
     `source` is FILE.py[:choices], none of them a choice of the grid. `overrides` are of all points,
     and a point's own fields come before them. A field `norm.*` among the overrides, or in a setting
-    that other normalizers share, goes to those normalizers that have it. `experiment` is kept in
-    sweep.json for the report. Every config is built (without computing) before any runs, so a
-    mistake in one setting is found before the first run starts. Raises UserError.
+    that other normalizers share, goes to those normalizers that have it. `declared` are overrides
+    of an experiment's scale, which come first. `experiment` is kept in sweep.json for the report.
+    Every config is built (without computing) before any runs, so a mistake in one setting is found
+    before the first run starts. Raises UserError.
     """
     from normlab.config import flatten, layered, load_config
     from normlab.norms import NORMS
@@ -71,6 +73,8 @@ def make_plan(
     from normlab.training.sinks import check_sinks
 
     seeds = tuple(seeds)
+    declared = declared or {}
+    overrides = layered(declared, overrides)
     for fields in (overrides, *(point.fields for point in grid)):
         if "seed" in fields:
             raise UserError(f"seed={fields['seed']} is set; a sweep has the seeds of --seeds")
@@ -125,6 +129,8 @@ def make_plan(
     norms = tuple(dict.fromkeys(planned.labels["norm"] for planned in runs))
     path, colon, choices = source.partition(":")
     source = f"{os.path.normpath(path)}{colon}{choices}"
+    if experiment is not None:
+        experiment = {**experiment, "declared": plain(declared)}
     return Plan(source, norms, named, seeds, plain(overrides), tuple(runs), experiment)
 
 

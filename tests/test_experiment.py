@@ -11,6 +11,7 @@ from normlab import experiment as experiments
 from normlab.cli import main
 from normlab.errors import UserError
 from normlab.experiment import check_verdict, experiment_files, load_experiment
+from normlab.report import load
 from normlab.sweep import make_plan
 
 TINY = {"model.widths": "(4,)", "train.num_steps": "4", "probe.layer": "none"}
@@ -93,6 +94,17 @@ def test_every_experiment_runs_at_smoke_scale(name, tmp_path, capsys):
     verdict = json.loads((tmp_path / "sweep" / "verdict.json").read_text())
     assert verdict["outcome"] in ("reproduced", "not reproduced", "underpowered")
     assert "report.html" in capsys.readouterr().out
+
+
+def test_what_a_scale_declares_is_not_the_command_lines(write, tmp_path):
+    """A tuple of a scale is a list in sweep.json, on both sides."""
+    folder = tmp_path / "runs"
+    assert main(["sweep", write(), f"--workdir={folder}", "--jobs=1"]) == 0
+    assert load(folder).overrides == {}
+    other = tmp_path / "other"
+    command = ["sweep", write(), f"--workdir={other}", "--jobs=1"]
+    assert main([*command, "--config.train.num_steps=5", "--config.model.widths=(4,)"]) == 0
+    assert load(other).overrides == {"train.num_steps": 5}
 
 
 def test_an_experiment_is_found_by_its_name_or_its_file(write):

@@ -36,7 +36,6 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) -> int:
     """Does what `main` says for an experiment that is loaded."""
     from normlab import run, sweep
-    from normlab.config import layered
     from normlab.experiment import check_verdict
     from normlab.report import verdict
 
@@ -49,7 +48,8 @@ def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) 
         scale.config,
         scale.sweep,
         seeds=range(args.seeds or scale.seeds),
-        overrides=layered(scale.overrides, args.overrides),
+        overrides=args.overrides,
+        declared=scale.overrides,
         experiment=experiment.facts(name, args.scale),
     )
     check_verdict(scale.verdict, [(x.labels["norm"], x.labels["setting"]) for x in plan.runs])

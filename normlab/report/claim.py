@@ -96,11 +96,20 @@ def read_claim(plan: Mapping[str, Any], directory: Path, notes: list[str]) -> Cl
 
 
 def overridden(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that the command line set for all runs and that can change a result."""
+    """Returns the fields that the command line set for all runs and that can change a result.
+
+    Not those that an experiment's scale declares, at the value that it declares.
+    """
     given = plan.get("overrides")
     fields = given.items() if isinstance(given, dict) else ()
+    facts = plan.get("experiment")
+    declared = facts.get("declared") if isinstance(facts, dict) else None
+    declared = declared if isinstance(declared, dict) else {}
     return {
-        one_line(name): value for name, value in fields if not one_line(name).startswith(NO_RESULT)
+        one_line(name): value
+        for name, value in fields
+        if not one_line(name).startswith(NO_RESULT)
+        if name not in declared or declared[name] != value
     }
 
 
