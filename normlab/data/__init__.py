@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normlab.data.augmentation import augment
+    from normlab.data.draws import dropout_key, step_key
     from normlab.data.images import Encoded, central_part, prefetched, random_part
     from normlab.data.info import DATASETS, DatasetInfo, binary, dataset_info
     from normlab.data.pipeline import (
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         eval_indices,
         fetch,
         order_hash,
-        step_key,
+        pixels_of,
         train_indices,
         training_batch,
     )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         Split,
         binarized,
         check_cropping,
+        check_mixing,
         check_source,
         describe,
         hold_out,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "augmentation": ("augment",),
+    "draws": ("dropout_key", "step_key"),
     "info": ("DATASETS", "DatasetInfo", "binary", "dataset_info"),
     "pipeline": (
         "Examples",
@@ -43,7 +46,7 @@ _HOMES = {
         "eval_indices",
         "fetch",
         "order_hash",
-        "step_key",
+        "pixels_of",
         "train_indices",
         "training_batch",
     ),
@@ -54,6 +57,7 @@ _HOMES = {
         "Split",
         "binarized",
         "check_cropping",
+        "check_mixing",
         "check_source",
         "describe",
         "hold_out",
@@ -75,15 +79,18 @@ __all__ = [
     "binary",
     "central_part",
     "check_cropping",
+    "check_mixing",
     "check_source",
     "dataset_info",
     "describe",
+    "dropout_key",
     "epoch_permutation",
     "eval_indices",
     "fetch",
     "hold_out",
     "load",
     "order_hash",
+    "pixels_of",
     "prefetched",
     "random_part",
     "step_key",

@@ -88,6 +88,24 @@ def check_cropping(config: Any) -> None:
         raise unknown("'data.interpolation'", config.interpolation, INTERPOLATIONS)
 
 
+def check_mixing(config: Any) -> None:
+    """Raises UserError for fields of `config.data` about MixUp, CutMix and RandAugment."""
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if config[name] is not None and config[name] <= 0:
+            raise UserError(f"config field 'data.{name}' = {config[name]} must be above 0")
+    both = config.mixup_alpha is not None and config.cutmix_alpha is not None
+    if both and config.mixup_share + config.cutmix_share > 1:
+        raise UserError(
+            f"config fields 'data.mixup_share' = {config.mixup_share} and 'data.cutmix_share' = "
+            f"{config.cutmix_share} are more than the batch; e.g. 0.5 each"
+        )
+    if config.randaugment_layers and config.binarize:
+        raise UserError(
+            f"config field 'data.randaugment_layers' = {config.randaugment_layers}: pixels of "
+            "'data.binarize' = true would not stay 0 and 1"
+        )
+
+
 def check_source(config: Any) -> None:
     """Raises UserError if `config.data` cannot be loaded, as far as a cheap look can tell."""
     describe(config)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from normlab import models, optim
 from normlab.config import flatten, identity, run_id
-from normlab.data import DatasetInfo, check_cropping, check_source, describe
+from normlab.data import DatasetInfo, check_cropping, check_mixing, check_source, describe
 from normlab.errors import UserError, unknown
 from normlab.models.placement import check_overrides, parse_overrides
 from normlab.norms import NORMS, NormFactory
@@ -55,6 +55,7 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
     _check_numbers(config)
     _check_dtypes(config)
     check_cropping(config.data)
+    check_mixing(config.data)
     length = RunLength.of(config)
     parallel.check_batch(config)
     parallel.steps_per_dispatch(config)
@@ -121,6 +122,12 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("data.eval_crop", 1 / 1024, 1.0),
     ("data.crop_padding", 0, 1024),
     ("data.cutout_size", 0, 1024),
+    ("data.mixup_alpha", 0.0, 1e6),
+    ("data.mixup_share", 0.0, 1.0),
+    ("data.cutmix_alpha", 0.0, 1e6),
+    ("data.cutmix_share", 0.0, 1.0),
+    ("data.randaugment_layers", 0, 16),
+    ("data.randaugment_magnitude", 0, 30),
     ("optim.base_lr", 0.0, math.inf),
     ("optim.weight_decay", 0.0, math.inf),
     ("optim.clip_norm", 0.0, math.inf),
