@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         check_mixing,
         check_source,
         describe,
+        evaluated,
         hold_out,
         load,
     )
@@ -60,6 +61,7 @@ _HOMES = {
         "check_mixing",
         "check_source",
         "describe",
+        "evaluated",
         "hold_out",
         "load",
     ),
@@ -86,6 +88,7 @@ __all__ = [
     "dropout_key",
     "epoch_permutation",
     "eval_indices",
+    "evaluated",
     "fetch",
     "hold_out",
     "load",

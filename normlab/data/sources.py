@@ -66,14 +66,22 @@ def describe(config: Any) -> DatasetInfo:
         raise unknown("'data.source'", config.source, SOURCES)
     info = SOURCES[config.source].describe(config)
     if info.one_size:
-        if config.image_size is not None:
-            raise UserError(
-                f"config field 'data.image_size' = {config.image_size}: the images of "
-                f"{info.name!r} have a size of their own, {info.image_shape[0]} pixels"
-            )
+        for name in ("image_size", "eval_image_size"):
+            if config[name] is not None:
+                raise UserError(
+                    f"config field 'data.{name}' = {config[name]}: the images of "
+                    f"{info.name!r} have a size of their own, {info.image_shape[0]} pixels"
+                )
     elif config.binarize:
         raise UserError(f"config field 'data.binarize' = true: {info.name!r} is not in memory")
     return binary(info) if config.binarize else info
+
+
+def evaluated(info: DatasetInfo, config: Any) -> DatasetInfo:
+    """Returns the facts of a data set at the size that its images are evaluated at."""
+    size = config.eval_image_size
+    shape = info.image_shape if size is None else (size, size, info.image_shape[-1])
+    return dataclasses.replace(info, image_shape=shape)
 
 
 def check_cropping(config: Any) -> None:

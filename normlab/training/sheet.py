@@ -45,7 +45,10 @@ def draw_sheet(config: ConfigDict, classes: int, samples: int) -> tuple[dict[str
             f"--classes={classes} and --samples={samples} make a sheet of {width:,}×{height:,} "
             f"pixels; {MOST_PIXELS:,} is the most"
         )
-    data = load_data(config, parallel.make_mesh())
+    shown = config.copy_and_resolve_references()
+    with shown.unlocked():
+        shown.data.eval_image_size = None  # all cells are of one size, the training's
+    data = load_data(shown, parallel.make_mesh())
     trained = _training_samples(parts, data, num, samples)
     tested = _test_samples(parts, data, num)
     rows = [(_class_name(parts.info, k), tested[k], trained[k]) for k in range(num)]
