@@ -67,9 +67,7 @@ def by_pillow(name: str, image: Image.Image, magnitude: int, sign: float) -> Ima
 @pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"solarize_add", "cutout"}))
 def test_an_operation_is_pillows(name: str, magnitude: int) -> None:
     for sign in (1.0, -1.0):
-        pillows = [
-            by_pillow(name, Image.fromarray(image), magnitude, sign) for image in IMAGES
-        ]
+        pillows = [by_pillow(name, Image.fromarray(image), magnitude, sign) for image in IMAGES]
         apart = np.abs(apply(name, magnitude, sign) - np.stack(pillows).astype(int))
         if name == "autocontrast":  # Pillow multiplies by 255/(high − low) in floating point
             assert apart.max() <= 1

@@ -161,6 +161,13 @@ def test_each_feature_of_each_head_is_a_unit():
     assert found["attention/out/kernel"].axes == (0, 1)  # [2 heads, 3 features, 8 outputs]
 
 
+def test_a_scalar_of_a_block_is_one_unit():
+    block = {"skip_gain": np.zeros(()), "bias1a": np.zeros(1), "conv": {"kernel": np.zeros((2, 3))}}
+    found = units({"block": block}, 0.01)
+    assert found["block/skip_gain"] == ((), 0.01, "skip_gain: one unit")
+    assert found["block/bias1a"] == ((0,), 0.01, "bias: one unit")
+
+
 def test_stacked_parameters_are_clipped_one_by_one():
     """Layers of a scan and seeds under vmap: the same as each alone."""
     stack = jax.tree.map(

@@ -85,6 +85,9 @@ PARAMS = {
     "block": {"norm2": {"bias": 0}, "head": {"kernel": 0}},
     "cell": {"bias": 0, "hidden": {"kernel": 0}},
     "positions": 0,
+    "skipping": {"skip_gain": 0, "conv1": {"kernel": 0, "gain": 0}},
+    "fixup": {"bias1a": 0, "multiplier": 0, "conv1": {"kernel": 0}, "bias2": {"value": 0}},
+    "scaled": {"skip_gain": 0},
 }
 
 
@@ -95,6 +98,17 @@ def test_roles_come_from_places_not_from_ranks():
         "block": {"norm2": {"bias": "norm_bias"}, "head": {"kernel": "kernel"}},
         "cell": {"bias": "bias", "hidden": {"kernel": "kernel"}},
         "positions": "embedding",
+        "skipping": {
+            "skip_gain": "skip_gain",
+            "conv1": {"kernel": "kernel", "gain": "norm_scale"},
+        },
+        "fixup": {
+            "bias1a": "bias",
+            "multiplier": "skip_gain",
+            "conv1": {"kernel": "kernel"},
+            "bias2": {"value": "bias"},
+        },
+        "scaled": {"skip_gain": "skip_gain"},
     }
 
 
@@ -105,6 +119,14 @@ def test_a_mask_selects_roles():
         "block": {"norm2": {"bias": True}, "head": {"kernel": True}},
         "cell": {"bias": False, "hidden": {"kernel": True}},
         "positions": False,
+        "skipping": {"skip_gain": False, "conv1": {"kernel": True, "gain": False}},
+        "fixup": {
+            "bias1a": False,
+            "multiplier": False,
+            "conv1": {"kernel": True},
+            "bias2": {"value": False},
+        },
+        "scaled": {"skip_gain": False},
     }
     with pytest.raises(UserError, match="did you mean 'kernel'"):
         role_mask(PARAMS, ("kernels",))
