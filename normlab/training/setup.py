@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from ml_collections import ConfigDict
 
 from normlab import models, optim
@@ -106,7 +107,7 @@ def _check_eval_size(parts: Parts) -> None:
         jax.eval_shape(
             lambda v, x: parts.model.apply(v, x, train=False), parts.abstract_variables(), images
         )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, ScopeParamShapeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"config field 'data.eval_image_size' = {shape[0]}: model {parts.config.model.kind!r} "

@@ -42,49 +42,61 @@ def dropping(monkeypatch):
     monkeypatch.setitem(MODELS, "dropping_mlp", DroppingMLP)
 
 
-def config_of(model="dropping_mlp", **fields):
+def config_of(model="mlp", recipe=RECIPE, **fields):
     steps = {name: value for name, value in SMALL.items() if not name.startswith("model.")}
     names = {name.replace("__", "."): value for name, value in fields.items()}
     source = f"configs/digits.py:model={model},norm=batch_norm"
-    return load_config(source, {**steps, "model.widths": (8,), **RECIPE, **names})
+    return load_config(source, {**steps, "model.widths": (8,), **recipe, **names})
 
 
 class Cut(Exception):
     pass
 
 
-def test_a_run_cut_off_ends_with_the_bytes_of_one_that_was_not(dropping, tmp_path):
-    train(config_of(), tmp_path / "whole")
+@pytest.mark.parametrize(
+    "recipe", [{}, pytest.param(RECIPE, marks=pytest.mark.slow)], ids=["dropout", "recipe"]
+)
+def test_a_run_cut_off_ends_with_the_bytes_of_one_that_was_not(recipe, dropping, tmp_path):
+    config = config_of("dropping_mlp", recipe)
+    train(config, tmp_path / "whole")
 
     def cut(step, _total, line):
         if line and (step, line["split"]) == (10, "train"):
             raise Cut
 
     with pytest.raises(Cut):
-        train(config_of(), tmp_path / "cut", progress=cut)
-    train(config_of(), tmp_path / "cut")
+        train(config, tmp_path / "cut", progress=cut)
+    train(config, tmp_path / "cut")
     whole, resumed = ((tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
     assert resumed.read_bytes() == whole.read_bytes()
-    assert final_parameters(tmp_path / "cut", config_of()) == final_parameters(
-        tmp_path / "whole", config_of()
-    )
-    # The model did drop: without, the same run goes another way, from the same first batch.
-    train(config_of("mlp"), tmp_path / "plain")
-    assert lines(tmp_path / "plain")[0]["loss"] != lines(tmp_path / "whole")[0]["loss"]
+    of_both = [final_parameters(tmp_path / name, config) for name in ("whole", "cut")]
+    assert of_both[0] == of_both[1]
+
+
+def test_a_run_gives_its_model_a_key_to_train_with_and_none_to_be_evaluated(dropping, tmp_path):
+    for model in ("mlp", "dropping_mlp"):
+        fields = {"train__num_steps": 1, "optim__base_lr": 1e-30}
+        train(config_of(model, {}, **fields), tmp_path / model)
+    plain, dropped = (lines(tmp_path / model) for model in ("mlp", "dropping_mlp"))
+    assert plain[0]["split"] == "train"
+    assert dropped[0]["loss"] != plain[0]["loss"]
+    # The weights have not moved, but BatchNorm's averages have: batch statistics show the weights.
+    name = "accuracy_batch_statistics"
+    assert dropped[-1][name] == plain[-1][name]
 
 
 def test_it_logs_how_much_was_clipped_by_parameter(tmp_path):
-    train(config_of("mlp", train__num_steps=2), tmp_path)
+    train(config_of("mlp", {"optim.agc_clipping": 0.01}, train__num_steps=2), tmp_path)
     [line] = [line for line in lines(tmp_path) if line["split"] == "layers"]
     clipped = {name: value for name, value in line.items() if name.endswith("/clipped")}
-    assert set(clipped) == {
-        f"{name}/clipped" for name in ("dense1/kernel", "norm1/scale", "norm1/bias", "head/bias")
-    }
+    names = ("dense1/kernel", "norm1/scale", "norm1/bias", "head/bias")
+    assert set(clipped) == {f"{name}/clipped" for name in names}
     assert all(0 <= value <= 1 for value in clipped.values())
     # Nothing has moved from zero but by clipped steps, and λ·ε = 1e-5 is little.
     assert clipped["norm1/bias/clipped"] == 1
 
 
+@pytest.mark.slow
 def test_the_recipe_learns(tmp_path):
     """Soft targets, noise and clipping and all: well above the 10% of chance."""
     fields = {"train__num_steps": 150, "eval__every_steps": 150, "checkpoint__every_steps": 150}
