@@ -129,8 +129,9 @@ def recipe(model, **fields):
     return load_config(f"configs/nfnet_imagenet.py:model={model}", names)
 
 
-def test_the_config_is_the_papers():
-    config = recipe("resnet50")
+@pytest.mark.parametrize(("model", "side", "magnitude"), [("resnet50", 224, 10)])
+def test_the_config_is_the_papers(model, side, magnitude):
+    config = recipe(model)
     assert (config.optim.momentum, config.optim.nesterov) == (0.9, True)
     assert (config.optim.weight_decay, config.optim.decay_roles) == (2e-5, ("kernel",))
     assert (config.optim.agc_clipping, config.optim.agc_epsilon) == (0.01, 1e-3)
@@ -140,9 +141,10 @@ def test_the_config_is_the_papers():
     assert (config.data.mixup_alpha, config.data.cutmix_alpha) == (0.2, 1.0)
     assert (config.data.mixup_share, config.data.cutmix_share) == (0.5, 0.5)
     assert config.data.randaugment_layers == 4
+    assert config.data.randaugment_magnitude == magnitude
     assert config.model.dtype == "bfloat16"
     parts = build_parts(config, need_data=False)
-    assert parts.info.image_shape == (224, 224, 3)
+    assert parts.info.image_shape == (side, side, 3)
 
 
 def test_another_size_is_evaluated_and_refused_where_the_model_cannot_take_it():
