@@ -33,6 +33,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.data.num_validation = 0  # training examples held out to choose on; 0: none
     config.data.binarize = False  # pixels become 0 below 128 and 1 from there, unscaled
     config.data.image_size = optional(int)  # side of images of any size, cropped; none: 224 pixels
+    config.data.eval_image_size = optional(int)  # side when evaluated; none: as in training
     config.data.random_resized_crop = False  # train on random parts of such images, resized
     config.data.crop_area = (0.08, 1.0)  # least and largest such part, of the image's area
     config.data.eval_crop = 0.875  # side of the central part that is evaluated, of the shorter side
@@ -40,6 +41,12 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.data.crop_padding = 0  # pixels of zero padding before a random crop; 0: no crop
     config.data.flip = False  # mirror half of the training images left to right
     config.data.cutout_size = 0  # side of the square masked in each training image, pixels; 0: none
+    config.data.mixup_alpha = optional(float)  # of Beta(α, α), a weight each; none: no MixUp
+    config.data.mixup_share = 1.0  # part of a batch that MixUp mixes, another at each step
+    config.data.cutmix_alpha = optional(float)  # of Beta(α, α), an area each; none: no CutMix
+    config.data.cutmix_share = 1.0  # part of a batch that CutMix pastes into, none of it mixed up
+    config.data.randaugment_layers = 0  # RandAugment operations on each training image; 0: none
+    config.data.randaugment_magnitude = 10  # of each operation, 10 as the unit (docs/recipes.md)
 
     config.model = section(model, _choose("model", model, MODELS), leave_out=INJECTED)
     config.norm = section(norm, _choose("norm", norm, NORMS), leave_out=FACTORY_FIELDS)
@@ -62,8 +69,9 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: of decay
     config.optim.decay_factor = 0.1  # piecewise: factor at each milestone
     config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
-    config.optim.decay_roles = ("kernel",)  # kernel, bias, embedding, norm_scale, _bias, _extra
+    config.optim.decay_roles = ("kernel",)  # of kernel, bias, embedding, skip_gain, norm_scale, ...
     config.optim.clip_norm = optional(float)  # largest global L2 norm of a gradient; none: any
+    config.optim.sam_rho = optional(float)  # radius of sharpness-aware minimization; none: without
     config.optim.agc_clipping = optional(float)  # of adaptive gradient clipping, λ; none: no AGC
     config.optim.agc_epsilon = 1e-3  # smallest norm of weights that AGC reckons with
     config.optim.agc_exclude = ("head/kernel",)  # patterns of parameters that AGC leaves alone
@@ -75,6 +83,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.train.label_smoothing = 0.0  # probability mass spread evenly over the classes
     config.train.max_nonfinite = 10  # steps in a row with a non-finite value that end a run
     config.train.ema_decay = optional(float)  # of the moving average of weights and statistics
+    config.train.ema_warmup = False  # its decay is at most (1 + t) / (10 + t) at step t from 0
 
     config.eval = ConfigDict()
     add_duration(config, "eval.every", epochs=1.0)  # between evaluations on the test set

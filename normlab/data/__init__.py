@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normlab.data.augmentation import augment
+    from normlab.data.draws import dropout_key, step_key
     from normlab.data.images import Encoded, central_part, prefetched, random_part
     from normlab.data.info import DATASETS, DatasetInfo, binary, dataset_info
     from normlab.data.pipeline import (
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         eval_indices,
         fetch,
         order_hash,
-        step_key,
+        pixels_of,
         train_indices,
         training_batch,
     )
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
         Split,
         binarized,
         check_cropping,
+        check_mixing,
         check_source,
         describe,
+        evaluated,
         hold_out,
         load,
     )
 
 _HOMES = {
     "augmentation": ("augment",),
+    "draws": ("dropout_key", "step_key"),
     "info": ("DATASETS", "DatasetInfo", "binary", "dataset_info"),
     "pipeline": (
         "Examples",
@@ -43,7 +47,7 @@ _HOMES = {
         "eval_indices",
         "fetch",
         "order_hash",
-        "step_key",
+        "pixels_of",
         "train_indices",
         "training_batch",
     ),
@@ -54,8 +58,10 @@ _HOMES = {
         "Split",
         "binarized",
         "check_cropping",
+        "check_mixing",
         "check_source",
         "describe",
+        "evaluated",
         "hold_out",
         "load",
     ),
@@ -75,15 +81,19 @@ __all__ = [
     "binary",
     "central_part",
     "check_cropping",
+    "check_mixing",
     "check_source",
     "dataset_info",
     "describe",
+    "dropout_key",
     "epoch_permutation",
     "eval_indices",
+    "evaluated",
     "fetch",
     "hold_out",
     "load",
     "order_hash",
+    "pixels_of",
     "prefetched",
     "random_part",
     "step_key",

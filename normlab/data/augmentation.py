@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_CROP, _FLIP, _CUTOUT = 1, 2, 3  # each kind has its own key: toggling one moves no draw of another
+from normlab.data.draws import CROP, CUTOUT, FLIP
 
 
 def augment(key: Array, images: Array, *, crop_padding: int, flip: bool, cutout_size: int) -> Array:
@@ -21,16 +21,16 @@ def augment(key: Array, images: Array, *, crop_padding: int, flip: bool, cutout_
     rows = jnp.broadcast_to(jnp.arange(height), (count, height))
     columns = jnp.broadcast_to(jnp.arange(width), (count, width))
     if crop_padding:
-        offsets = crop_offsets(jax.random.fold_in(key, _CROP), count, crop_padding)
+        offsets = crop_offsets(jax.random.fold_in(key, CROP), count, crop_padding)
         rows, columns = rows + offsets[:, :1], columns + offsets[:, 1:]
     if flip:
-        mirrored = jax.random.bernoulli(jax.random.fold_in(key, _FLIP), shape=(count, 1))
+        mirrored = jax.random.bernoulli(jax.random.fold_in(key, FLIP), shape=(count, 1))
         columns = jnp.where(mirrored, columns[:, ::-1], columns)
     if crop_padding or flip:
         # One gather for both: crop and flip one after the other take ten times as long on CPU.
         images = read_at(images, rows, columns)
     if cutout_size:
-        centres = cutout_centres(jax.random.fold_in(key, _CUTOUT), count, height, width)
+        centres = cutout_centres(jax.random.fold_in(key, CUTOUT), count, height, width)
         images = cutout(images, centres, cutout_size)
     return images
 
@@ -70,12 +70,19 @@ def cutout(images: Array, centres: Array, size: int) -> Array:
     In rows and in columns the square spans centre − size // 2 and the size − 1 pixels after it; the
     part of it outside the image is lost.
     """
-    _, height, width, _ = images.shape
-    first = centres - size // 2
+    hole = rectangles(centres - size // 2, size, images.shape[1], images.shape[2])
+    return jnp.where(hole[..., None], 0, images)
+
+
+def rectangles(first: Array, size: Array | int, height: int, width: int) -> Array:
+    """Returns bool [N, height, width], true in the `size` pixels from `first` on, in either axis.
+
+    `first`: int [N, 2], row and column, anywhere; `size`: an int, or int [N, 2] likewise.
+    """
+    size = jnp.broadcast_to(jnp.asarray(size), first.shape)
 
     def covered(axis: int, length: int) -> Array:
         position = jnp.arange(length) - first[:, axis, None]
-        return (position >= 0) & (position < size)
+        return (position >= 0) & (position < size[:, axis, None])
 
-    hole = covered(0, height)[:, :, None] & covered(1, width)[:, None, :]
-    return jnp.where(hole[..., None], 0, images)
+    return covered(0, height)[:, :, None] & covered(1, width)[:, None, :]

@@ -7,13 +7,15 @@ steps, and every normalizer that shares a seed sees the same examples in the sam
 import hashlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from normlab.data.augmentation import augment
+from normlab.data.draws import step_key
 from normlab.data.info import DatasetInfo
+from normlab.data.mixing import mix
+from normlab.data.randaugment import rand_augment
 from normlab.errors import UserError
 
 Examples = tuple[Array, Array]  # images uint8 [N, H, W, C], labels int32 [N]
@@ -68,7 +70,9 @@ def augmentation_hash(seed: int, config: Any) -> str:
     that the digest is over; of the batch size, too, which `order_hash` has.
     """
     cropped = "image_size", "random_resized_crop", "crop_area", "eval_crop", "interpolation"
-    names = (*cropped, "crop_padding", "flip", "cutout_size", "binarize")
+    mixed = "mixup_alpha", "mixup_share", "cutmix_alpha", "cutmix_share"
+    drawn = "randaugment_layers", "randaugment_magnitude"
+    names = (*cropped, "crop_padding", "flip", "cutout_size", "binarize", *mixed, *drawn)
     text = " ".join([str(seed), *(f"{name}={config[name]}" for name in names)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -93,29 +97,57 @@ def fetch(examples: Examples, indices: Array, info: DatasetInfo) -> tuple[Array,
     `indices`: int32 [B].
     """
     images, labels = examples
-    chosen = jnp.take(images, indices, axis=0).astype(jnp.float32) / 255
+    chosen = jnp.take(images, indices, axis=0)
+    return standardized(chosen, info), jnp.take(labels, indices, axis=0)
+
+
+def standardized(pixels: Array, info: DatasetInfo) -> Array:
+    """Returns (pixel / 255 − mean) / std by channel, float32, of values from 0 to 255."""
     mean, std = jnp.asarray(info.mean, jnp.float32), jnp.asarray(info.std, jnp.float32)
-    return (chosen - mean) / std, jnp.take(labels, indices, axis=0)
+    return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+
+def pixels_of(images: Array, info: DatasetInfo) -> Array:
+    """Returns standardized images as uint8: the standardization undone, rounded."""
+    mean, std = jnp.asarray(info.mean, jnp.float32), jnp.asarray(info.std, jnp.float32)
+    return jnp.round(255 * jnp.clip(images * std + mean, 0, 1)).astype(jnp.uint8)
 
 
 def training_batch(
     examples: Examples, config: Any, info: DatasetInfo, seed: Array, step: Array, indices: Array
 ) -> tuple[Array, Array]:
-    """Returns (images, labels) of a step as the model gets them: standardized, then augmented.
+    """Returns (images, targets) of a step as the model gets them.
 
-    `config` is the config's `data`; `indices`: int32 [B]. Pure, jit-able.
+    Standardized; cropped, mirrored and cut out; mixed; then RandAugment on their pixels, after
+    mixing as in NFNets' recipe. The targets are the labels, int32 [B]; where examples are mixed,
+    float32 [B, K]. `config` is the config's `data`; `indices`: int32 [B]. Pure, jit-able.
     """
-    images, labels = fetch(examples, indices, info)
-    augmented = augment(
-        step_key(seed, step),
+    images, targets = fetch(examples, indices, info)
+    key = step_key(seed, step)
+    images = augment(
+        key,
         images,
         crop_padding=config.crop_padding,
         flip=config.flip,
         cutout_size=config.cutout_size,
     )
-    return augmented, labels
-
-
-def step_key(seed: Array | int, step: Array | int) -> Array:
-    """Returns the random key of one step's augmentation; seed and step may be traced."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    if config.mixup_alpha is not None or config.cutmix_alpha is not None:
+        images, targets = mix(
+            key,
+            images,
+            targets,
+            info.num_classes,
+            mixup_alpha=config.mixup_alpha,
+            mixup_share=config.mixup_share,
+            cutmix_alpha=config.cutmix_alpha,
+            cutmix_share=config.cutmix_share,
+        )
+    if config.randaugment_layers:
+        pixels = rand_augment(
+            key,
+            pixels_of(images, info),
+            layers=config.randaugment_layers,
+            magnitude=config.randaugment_magnitude,
+        )
+        images = standardized(pixels, info)
+    return images, targets

@@ -66,14 +66,22 @@ def describe(config: Any) -> DatasetInfo:
         raise unknown("'data.source'", config.source, SOURCES)
     info = SOURCES[config.source].describe(config)
     if info.one_size:
-        if config.image_size is not None:
-            raise UserError(
-                f"config field 'data.image_size' = {config.image_size}: the images of "
-                f"{info.name!r} have a size of their own, {info.image_shape[0]} pixels"
-            )
+        for name in ("image_size", "eval_image_size"):
+            if config[name] is not None:
+                raise UserError(
+                    f"config field 'data.{name}' = {config[name]}: the images of "
+                    f"{info.name!r} have a size of their own, {info.image_shape[0]} pixels"
+                )
     elif config.binarize:
         raise UserError(f"config field 'data.binarize' = true: {info.name!r} is not in memory")
     return binary(info) if config.binarize else info
+
+
+def evaluated(info: DatasetInfo, config: Any) -> DatasetInfo:
+    """Returns the facts of a data set at the size that its images are evaluated at."""
+    size = config.eval_image_size
+    shape = info.image_shape if size is None else (size, size, info.image_shape[-1])
+    return dataclasses.replace(info, image_shape=shape)
 
 
 def check_cropping(config: Any) -> None:
@@ -86,6 +94,24 @@ def check_cropping(config: Any) -> None:
         )
     if config.interpolation not in INTERPOLATIONS:
         raise unknown("'data.interpolation'", config.interpolation, INTERPOLATIONS)
+
+
+def check_mixing(config: Any) -> None:
+    """Raises UserError for fields of `config.data` about MixUp, CutMix and RandAugment."""
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if config[name] is not None and config[name] <= 0:
+            raise UserError(f"config field 'data.{name}' = {config[name]} must be above 0")
+    both = config.mixup_alpha is not None and config.cutmix_alpha is not None
+    if both and config.mixup_share + config.cutmix_share > 1:
+        raise UserError(
+            f"config fields 'data.mixup_share' = {config.mixup_share} and 'data.cutmix_share' = "
+            f"{config.cutmix_share} are more than the batch; e.g. 0.5 each"
+        )
+    if config.randaugment_layers and config.binarize:
+        raise UserError(
+            f"config field 'data.randaugment_layers' = {config.randaugment_layers}: pixels of "
+            "'data.binarize' = true would not stay 0 and 1"
+        )
 
 
 def check_source(config: Any) -> None:

@@ -3,6 +3,7 @@
 from normlab.optim.agc import adaptive_grad_clip, clipped_fractions, units
 from normlab.optim.build import OPTIMIZERS, agc_settings, build_direction, check_agc
 from normlab.optim.masks import ROLES, role_mask, roles
+from normlab.optim.sam import ascended
 from normlab.optim.schedules import SHAPES, build_schedule, peak_learning_rate
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "SHAPES",
     "adaptive_grad_clip",
     "agc_settings",
+    "ascended",
     "build_direction",
     "build_schedule",
     "check_agc",

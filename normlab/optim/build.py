@@ -64,8 +64,9 @@ def build_direction(config: ConfigDict) -> optax.GradientTransformation:
         )
     if optim.clip_norm is not None and optim.clip_norm <= 0:
         raise UserError(f"config field 'optim.clip_norm' = {optim.clip_norm} must be above 0")
-    if optim.agc_clipping is not None and optim.agc_clipping <= 0:
-        raise UserError(f"config field 'optim.agc_clipping' = {optim.agc_clipping} must be above 0")
+    for name in ("agc_clipping", "sam_rho"):
+        if optim[name] is not None and optim[name] <= 0:
+            raise UserError(f"config field 'optim.{name}' = {optim[name]} must be above 0")
     role_mask({}, optim.decay_roles)  # refuses unknown roles before anything is compiled
     clipping = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     if optim.agc_clipping is not None:

@@ -9,35 +9,46 @@ from typing import Any
 
 from normlab.errors import unknown
 
-ROLES = ("kernel", "bias", "norm_scale", "norm_bias", "norm_extra", "embedding")
+ROLES = ("kernel", "bias", "norm_scale", "norm_bias", "norm_extra", "skip_gain", "embedding")
 """Linear layers have kernel and bias; normalizers norm_scale, norm_bias, norm_extra (the rest).
 
-The gain of a linear layer with normalized weights is a norm_scale. A model's own arrays, such as
-the positions of a transformer, are embeddings; a cell's own bias is a bias.
+The gain of a linear layer with normalized weights is a norm_scale. Of a model's own arrays, those
+named `bias...` are biases (a cell's, Fixup's scalars), and the scalars that scale a residual branch
+skip gains; all others, such as the positions of a transformer, are embeddings.
 """
 
 _LINEAR = {"bias": "bias", "gain": "norm_scale"}
+_SKIP_GAINS = ("skip_gain", "multiplier")  # SkipInit's, of normalizer-free nets; Fixup's
 
 
 def roles(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tree of `params` with each array replaced by its role.
 
-    A module that holds a kernel is a linear layer, one that holds modules a model or a part of one;
-    any other holder of arrays is a normalizer.
+    A module that holds a kernel is a linear layer; one that holds modules, or a skip gain, a model
+    or a part of one; any other holder of arrays is a normalizer.
     """
     is_linear = "kernel" in params
-    holds_modules = any(isinstance(value, Mapping) for value in params.values())
+    is_block = any(
+        name in _SKIP_GAINS or isinstance(value, Mapping) for name, value in params.items()
+    )
     tree: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            tree[name] = roles(value)
+            is_bias = name.startswith("bias")  # a module that adds a bias and is nothing else
+            tree[name] = dict.fromkeys(value, "bias") if is_bias else roles(value)
         elif is_linear:
             tree[name] = _LINEAR.get(name, "kernel")
-        elif holds_modules:
-            tree[name] = "bias" if name == "bias" else "embedding"
+        elif is_block:
+            tree[name] = _of_block(name)
         else:
             tree[name] = f"norm_{name}" if name in ("scale", "bias") else "norm_extra"
     return tree
+
+
+def _of_block(name: str) -> str:
+    if name in _SKIP_GAINS:
+        return "skip_gain"
+    return "bias" if name.startswith("bias") else "embedding"
 
 
 def role_mask(params: Mapping[str, Any], selected: Collection[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from normlab.data import (
     Encoded,
     Examples,
     central_part,
+    evaluated,
     hold_out,
     load,
     prefetched,
@@ -129,12 +130,13 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     data = load(config.data)
     train, validation = hold_out(data.train, config.data.num_validation)
 
-    def feed(split: AnySplit) -> Feed:
+    def feed(split: AnySplit, info: DatasetInfo) -> Feed:
         if isinstance(split, Encoded):
-            return Streamed(split, data.info, config.data, mesh)
+            return Streamed(split, info, config.data, mesh)
         return Resident(parallel.replicate((split.images, split.labels), mesh))
 
-    evaluated = {"test": feed(data.test)}
+    info = evaluated(data.info, config.data)
+    feeds = {"test": feed(data.test, info)}
     if validation is not None:
-        evaluated = {"validation": feed(validation), **evaluated}
-    return RunData(feed(train), evaluated, data.fingerprint)
+        feeds = {"validation": feed(validation, info), **feeds}
+    return RunData(feed(train, data.info), feeds, data.fingerprint)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from normlab import models, run
-from normlab.data import order_hash, train_indices, training_batch
+from normlab.data import dropout_key, order_hash, train_indices, training_batch
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
@@ -29,7 +29,7 @@ from normlab.training.signals import Interrupted, Signals
 from normlab.training.sinks import check_sinks, open_sinks
 from normlab.training.start import start_from_data
 from normlab.training.state import CULPRITS, Totals, TrainState, create_state
-from normlab.training.step import make_train_step
+from normlab.training.step import Batch, make_train_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -195,8 +195,9 @@ class _Run:
         """Takes one step for each row of `rows` (int32 [steps, batch]); traced, never run as is."""
         config = self.parts.config
 
-        def make_batch(seed: Array, step: Array, indices: Array) -> tuple[Array, Array]:
-            return training_batch(data, config.data, self.parts.info, seed, step, indices)
+        def make_batch(seed: Array, step: Array, indices: Array) -> Batch:
+            made = training_batch(data, config.data, self.parts.info, seed, step, indices)
+            return Batch(*made, key=dropout_key(seed, step))
 
         train_step = make_train_step(
             self.parts.model,
@@ -204,6 +205,8 @@ class _Run:
             self.parts.schedule,
             label_smoothing=config.train.label_smoothing,
             ema_decay=config.train.ema_decay,
+            ema_warmup=config.train.ema_warmup,
+            sam_rho=config.optim.sam_rho,
             max_nonfinite=config.train.max_nonfinite,
         )
         return parallel.steps(train_step, make_batch, state, seed, rows, self.mesh)

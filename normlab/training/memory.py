@@ -39,7 +39,8 @@ def estimate(parts: Parts) -> dict[str, int]:
     state = jax.eval_shape(functools.partial(initial_state, parts), seed)
     size, info = parts.length.batch_size, parts.info
     images = jax.ShapeDtypeStruct((size, *info.image_shape), jnp.float32)
-    batch = images, jax.ShapeDtypeStruct((size,), jnp.int32)
+    labels, key = jax.ShapeDtypeStruct((size,), jnp.int32), jax.eval_shape(jax.random.key, 0)
+    batch = images, labels, key
     loss = make_loss(parts.model, parts.config.train.label_smoothing)
     activations = residual_bytes(loss, state.params, state.batch_stats, batch)
     devices = parallel.num_devices()
@@ -53,9 +54,11 @@ def estimate(parts: Parts) -> dict[str, int]:
         "moving averages": tree_bytes(state.ema),
         # What is decoded batch by batch is there as long as its step.
         "data set": example * (info.num_train + info.num_test if info.one_size else size),
-        "batch": tree_bytes(batch) // devices,
+        "batch": tree_bytes((images, labels)) // devices,
         "activations": activations // devices,
     }
+    if parts.config.optim.sam_rho is not None:
+        found["ascended parameters"] = tree_bytes(state.params)
     return found | {"peak": sum(found.values())}
 
 
@@ -80,4 +83,4 @@ def tree_bytes(tree: Any) -> int:
 
 
 def _bytes(array: Any) -> int:
-    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+    return math.prod(array.shape) * array.dtype.itemsize

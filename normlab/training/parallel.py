@@ -125,12 +125,16 @@ def steps(
 ) -> State:
     """Takes one step for each row of `rows` (int32 [steps, batch], the examples of a step).
 
-    `make_batch(seed, step, indices) -> batch` runs on the device.
+    `make_batch(seed, step, indices) -> batch` runs on the device. The batch's arrays are of the
+    examples, but for a scalar (a random key), which every device has.
     """
+
+    def spread(array: Array) -> Array:
+        return shard_rows(array, mesh) if array.ndim else array
 
     def one(state: State, indices: Array) -> State:
         batch = make_batch(seed, state.step, shard_rows(indices, mesh))
-        return train_step(state, jax.tree.map(lambda array: shard_rows(array, mesh), batch))
+        return train_step(state, jax.tree.map(spread, batch))
 
     if rows.shape[0] == 1:
         return one(state, rows[0])

@@ -10,11 +10,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from ml_collections import ConfigDict
 
 from normlab import models, optim
 from normlab.config import flatten, identity, run_id
-from normlab.data import DatasetInfo, check_cropping, check_source, describe
+from normlab.data import (
+    DatasetInfo,
+    check_cropping,
+    check_mixing,
+    check_source,
+    describe,
+    evaluated,
+)
 from normlab.errors import UserError, unknown
 from normlab.models.placement import check_overrides, parse_overrides
 from normlab.norms import NORMS, NormFactory
@@ -55,6 +63,7 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
     _check_numbers(config)
     _check_dtypes(config)
     check_cropping(config.data)
+    check_mixing(config.data)
     length = RunLength.of(config)
     parallel.check_batch(config)
     parallel.steps_per_dispatch(config)
@@ -81,10 +90,29 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
         kind, data = config.model.kind, config.data.name
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {kind!r} cannot take the images of {data!r}: {reason}") from error
+    _check_eval_size(parts)
     optim.check_agc(config, params)
     check_overrides(model, parts.info.image_shape, config.norm_overrides)
     check_probe(config, model, parts.info)
     return parts
+
+
+def _check_eval_size(parts: Parts) -> None:
+    """Raises UserError if the model, made for the training's images, cannot take the evaluated."""
+    shape = evaluated(parts.info, parts.config.data).image_shape
+    if shape == parts.info.image_shape:
+        return
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    try:
+        jax.eval_shape(
+            lambda v, x: parts.model.apply(v, x, train=False), parts.abstract_variables(), images
+        )
+    except (ValueError, TypeError, ZeroDivisionError, ScopeParamShapeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"config field 'data.eval_image_size' = {shape[0]}: model {parts.config.model.kind!r} "
+            f"made for {parts.info.image_shape[0]} pixels cannot take it: {reason}"
+        ) from error
 
 
 def _check_norm(norm: NormFactory) -> None:
@@ -117,10 +145,15 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("eval.batch_size", 1, 2**31 - 1),
     ("checkpoint.keep", 1, math.inf),
     ("data.image_size", 1, 4096),
+    ("data.eval_image_size", 1, 4096),
     ("data.crop_area", 0.0, 1.0),
     ("data.eval_crop", 1 / 1024, 1.0),
     ("data.crop_padding", 0, 1024),
     ("data.cutout_size", 0, 1024),
+    ("data.mixup_share", 0.0, 1.0),
+    ("data.cutmix_share", 0.0, 1.0),
+    ("data.randaugment_layers", 0, 16),
+    ("data.randaugment_magnitude", 0, 30),
     ("optim.base_lr", 0.0, math.inf),
     ("optim.weight_decay", 0.0, math.inf),
     ("optim.clip_norm", 0.0, math.inf),

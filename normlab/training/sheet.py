@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from normlab.data import DatasetInfo, fetch, train_indices, training_batch
+from normlab.data import DatasetInfo, fetch, pixels_of, train_indices, training_batch
 from normlab.data.info import IMAGENET_MEAN
 from normlab.errors import UserError, printable
 from normlab.training import parallel
@@ -45,7 +45,10 @@ def draw_sheet(config: ConfigDict, classes: int, samples: int) -> tuple[dict[str
             f"--classes={classes} and --samples={samples} make a sheet of {width:,}×{height:,} "
             f"pixels; {MOST_PIXELS:,} is the most"
         )
-    data = load_data(config, parallel.make_mesh())
+    shown = config.copy_and_resolve_references()
+    with shown.unlocked():
+        shown.data.eval_image_size = None  # all cells are of one size, the training's
+    data = load_data(shown, parallel.make_mesh())
     trained = _training_samples(parts, data, num, samples)
     tested = _test_samples(parts, data, num)
     rows = [(_class_name(parts.info, k), tested[k], trained[k]) for k in range(num)]
@@ -116,8 +119,9 @@ def _training_samples(parts: Parts, data: RunData, classes: int, samples: int) -
 
     seed = parallel.seed_array(config.seed)
     for step, (examples, rows) in enumerate(data.train.steps(config.seed, 0, indices, 1)):
-        images, labels = batch(examples, seed, jnp.asarray(step), jnp.asarray(rows[0]))
-        _collect(found, _pixels(images, parts.info), np.asarray(labels), samples)
+        images, targets = batch(examples, seed, jnp.asarray(step), jnp.asarray(rows[0]))
+        labels = np.asarray(targets if targets.ndim == 1 else jnp.argmax(targets, -1))
+        _collect(found, _pixels(images, parts.info), labels, samples)
         if all(len(images) == samples for images in found.values()):
             break
     return found
@@ -145,9 +149,8 @@ def _collect(found: Samples, images: np.ndarray, labels: np.ndarray, samples: in
 
 
 def _pixels(images: Any, info: DatasetInfo) -> np.ndarray:
-    """Returns standardized images as they look: uint8, the standardization undone."""
-    shown = np.asarray(images) * np.array(info.std) + np.array(info.mean)
-    return np.round(255 * np.clip(shown, 0, 1)).astype(np.uint8)
+    """Returns standardized images as they look: uint8."""
+    return np.asarray(pixels_of(images, info))
 
 
 def _class_name(info: DatasetInfo, label: int) -> str:

@@ -1,7 +1,7 @@
 """One step of training: a pure function of (state, batch)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,27 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from normlab.norms import join_state, split_state
-from normlab.optim import clipped_fractions
+from normlab.optim import ascended, clipped_fractions
 from normlab.optim.schedules import Schedule
 from normlab.training.state import CULPRITS, Health, Totals, TrainState
 
-Batch = tuple[Array, Array]  # images float32 [N, H, W, C], labels int32 [N]
+
+class Batch(NamedTuple):
+    """What a step is a function of, beside the state. A pair (images, targets) will do."""
+
+    images: Array  # float32 [N, H, W, C]
+    targets: Array  # labels int32 [N], or probabilities of the classes float32 [N, K]
+    key: Array | None = None  # of dropout and stochastic depth; None: there is neither
 
 
-def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
-    """Returns the cross entropy of each example in nats: logits [N, K], labels int32 [N] -> [N].
+def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
+    """Returns the cross entropy of each example in nats: logits [N, K] -> [N].
 
-    Label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7): the target is
-    (1 - smoothing) one-hot + smoothing / K.
+    `targets`: labels int32 [N], or probabilities [N, K]. Label smoothing (Szegedy et al. 2016,
+    arXiv:1512.00567, section 7): the target is (1 - smoothing) target + smoothing / K.
     """
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    if targets.ndim == 1:
+        targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.float32)
     targets = optax.smooth_labels(targets, smoothing)
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
@@ -33,17 +40,23 @@ def make_loss(model: nn.Module, label_smoothing: float = 0.0) -> Callable[..., t
     """Returns `loss(params, batch_stats, batch) -> (mean loss, (correct, batch_stats, sound,
     measures))`.
 
-    `correct`: int32, examples classified correctly; `sound`: bool, the new statistics are finite;
-    `measures`: what normalizers measured, by layer/measure.
+    `correct`: int32, examples classified as the label, or as the likeliest class of what is mixed;
+    `sound`: bool, the new statistics are finite; `measures`: what normalizers measured, by
+    layer/measure.
     """
 
     def loss(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Any]:
-        images, labels = batch
+        images, targets, key = Batch(*batch)
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updated = model.apply(
-            variables, images, train=True, mutable=["batch_stats", "nonfinite", "measures"]
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats", "nonfinite", "measures"],
+            rngs=None if key is None else {"dropout": key},
         )
-        mean = jnp.mean(cross_entropy(logits, labels, label_smoothing))
+        mean = jnp.mean(cross_entropy(logits, targets, label_smoothing))
+        labels = targets if targets.ndim == 1 else jnp.argmax(targets, -1)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels)
         new_stats = updated.get("batch_stats", {})
         # A normalizer keeps its state from a statistic that is not finite, and says so.
@@ -63,6 +76,8 @@ def make_train_step(
     *,
     label_smoothing: float = 0.0,
     ema_decay: float | None = None,
+    ema_warmup: bool = False,
+    sam_rho: float | None = None,
     max_nonfinite: int = 10,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`.
@@ -70,6 +85,9 @@ def make_train_step(
     A step whose loss, gradient or new statistics are not finite changes no parameter, statistic,
     average or optimizer state; it is counted. After `max_nonfinite` of them in a row the state is
     marked as diverged and no later step changes it, its count of steps included.
+
+    With `sam_rho` the gradient, also that which is guarded and logged, is taken at `optim.ascended`
+    weights, and all else at the weights themselves.
     """
 
     loss_of = make_loss(model, label_smoothing)
@@ -85,12 +103,18 @@ def make_train_step(
             state.params, *split_state(state.batch_stats), batch
         )
         batch_stats, sound = join_state(batch_stats, backward), sound & _all_finite(backward)
+        if sam_rho is not None:
+            risen = ascended(state.params, gradient, sam_rho)
+            _, (gradient, _) = gradient_of(risen, *split_state(state.batch_stats), batch)
         gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
         measures = {**measures, **clipped_fractions(opt_state)}
         rate = schedule(state.step)
         params = jax.tree.map(lambda w, u: w - rate.astype(w.dtype) * u, state.params, update)
-        ema = _average(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+        decay: Array | float | None = ema_decay
+        if ema_decay is not None and ema_warmup:
+            decay = warmed_up(ema_decay, state.step)
+        ema = _average(state.ema, {"params": params, "batch_stats": batch_stats}, decay)
 
         finite = [jnp.isfinite(loss), jnp.isfinite(gradient_norm), sound]
         accepted = jnp.all(jnp.stack(finite)) & ~state.health.diverged
@@ -121,7 +145,16 @@ def make_train_step(
     return train_step
 
 
-def _average(ema: Any, new: Any, decay: float | None) -> Any:
+def warmed_up(decay: float, step: Array | int) -> Array:
+    """Returns min(decay, (1 + t)/(10 + t)) at step t from 0, the rule of TensorFlow's average.
+
+    NFNets' code has it (deepmind-research/nfnets, utils.py): the first values weigh soon nothing.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def _average(ema: Any, new: Any, decay: Array | float | None) -> Any:
     """Returns decay·ema + (1 - decay)·new; an integer counter is taken over, never averaged."""
     if ema is None or decay is None:
         return None

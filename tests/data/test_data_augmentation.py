@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from normlab.data import augment, augmentation
+from normlab.data import augment, draws
 from normlab.data.augmentation import crop_offsets, cutout, cutout_centres, read_at
 
 KEY = jax.random.key(0)
@@ -101,7 +101,8 @@ def test_toggling_one_kind_moves_no_draw_of_another() -> None:
 
 
 def test_the_kinds_draw_from_different_keys() -> None:
-    assert len({augmentation._CROP, augmentation._FLIP, augmentation._CUTOUT}) == 3
+    kinds = {name: number for name, number in vars(draws).items() if name.isupper()}
+    assert len(set(kinds.values())) == len(kinds) == 8
 
 
 def test_the_draws_depend_on_the_key_and_not_on_the_pixels() -> None:

@@ -5,15 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from normlab.config import load_config
 from normlab.data import (
     DatasetInfo,
+    augmentation_hash,
+    check_mixing,
+    dropout_key,
     epoch_permutation,
     eval_indices,
     fetch,
     order_hash,
+    pixels_of,
     step_key,
     train_indices,
+    training_batch,
 )
+from normlab.data.randaugment import rand_augment
 from normlab.errors import UserError
 
 
@@ -95,3 +102,82 @@ def test_a_step_key_is_the_same_traced_and_differs_by_seed_and_step() -> None:
     seed = 2**32 - 1
     assert bits(seed, 3) == traced(jnp.uint32(seed), jnp.int32(3)).tolist()
     assert len({tuple(bits(seed, step)) for seed in (0, 1) for step in (0, 1)}) == 4
+
+
+def test_dropout_draws_from_a_key_of_its_own() -> None:
+    key = jax.random.key_data(dropout_key(0, 3)).tolist()
+    assert key == jax.random.key_data(dropout_key(0, 3)).tolist()
+    others = [dropout_key(0, 4), dropout_key(1, 3), step_key(0, 3)]
+    others += [jax.random.fold_in(step_key(0, 3), kind) for kind in range(1, 8)]
+    assert key not in [jax.random.key_data(other).tolist() for other in others]
+
+
+# What a training batch is made of -----------------------------------------------------------------
+
+INFO = DatasetInfo("colours", (8, 8, 3), 10, 20, 1, (), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+EXAMPLES = (PIXELS, np.arange(20, dtype=np.int32) % 10)
+
+
+def batch_of(**fields: object) -> tuple[jax.Array, jax.Array]:
+    config = load_config("configs/digits.py", {f"data.{k}": v for k, v in fields.items()}).data
+    made = jax.jit(lambda rows: training_batch(EXAMPLES, config, INFO, 0, 3, rows))
+    return made(jnp.arange(20))
+
+
+def test_standardization_can_be_undone_to_the_pixel() -> None:
+    images, labels = batch_of()
+    np.testing.assert_array_equal(pixels_of(images, INFO), PIXELS)
+    np.testing.assert_array_equal(labels, EXAMPLES[1])
+
+
+def test_targets_are_soft_only_where_examples_are_mixed() -> None:
+    assert batch_of(flip=True)[1].dtype == jnp.int32
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        _, targets = batch_of(**{name: 1.0})
+        assert targets.shape == (20, 10)
+        np.testing.assert_allclose(jnp.sum(targets, 1), 1, rtol=1e-6)
+
+
+def test_randaugment_comes_after_mixing_and_moves_no_other_draw() -> None:
+    mixed, targets = batch_of(flip=True, mixup_alpha=0.2)
+    both, same = batch_of(flip=True, mixup_alpha=0.2, randaugment_layers=1)
+    np.testing.assert_array_equal(targets, same)
+    pixels = pixels_of(mixed, INFO)
+    expected = jax.jit(lambda x: rand_augment(step_key(0, 3), x, layers=1, magnitude=10))(pixels)
+    assert np.any(expected != pixels)
+    np.testing.assert_array_equal(pixels_of(both, INFO), expected)
+
+
+def test_the_hash_tells_every_kind_of_augmentation_apart() -> None:
+    fields = {
+        "mixup_alpha": 0.2,
+        "mixup_share": 0.5,
+        "cutmix_alpha": 1.0,
+        "cutmix_share": 0.5,
+        "randaugment_layers": 2,
+        "randaugment_magnitude": 5,
+        "flip": True,
+    }
+    configs = [load_config("configs/digits.py", {f"data.{k}": v}).data for k, v in fields.items()]
+    hashes = {augmentation_hash(0, config) for config in configs}
+    assert len(hashes | {augmentation_hash(0, load_config("configs/digits.py").data)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixup_alpha": 0.0}, "'data.mixup_alpha' = 0.0 must be above 0"),
+        ({"cutmix_alpha": -1.0}, "'data.cutmix_alpha' = -1.0 must be above 0"),
+        ({"mixup_alpha": 0.2, "cutmix_alpha": 1.0}, "are more than the batch; e.g. 0.5 each"),
+        ({"randaugment_layers": 1, "binarize": True}, "would not stay 0 and 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_mixed_is_refused_in_one_line(
+    fields: dict[str, object], message: str
+) -> None:
+    config = load_config("configs/digits.py", {f"data.{k}": v for k, v in fields.items()}).data
+    with pytest.raises(UserError, match=message) as caught:
+        check_mixing(config)
+    assert "\n" not in str(caught.value)

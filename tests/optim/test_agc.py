@@ -161,6 +161,13 @@ def test_each_feature_of_each_head_is_a_unit():
     assert found["attention/out/kernel"].axes == (0, 1)  # [2 heads, 3 features, 8 outputs]
 
 
+def test_a_scalar_of_a_block_is_one_unit():
+    block = {"skip_gain": np.zeros(()), "bias1a": np.zeros(1), "conv": {"kernel": np.zeros((2, 3))}}
+    found = units({"block": block}, 0.01)
+    assert found["block/skip_gain"] == ((), 0.01, "skip_gain: one unit")
+    assert found["block/bias1a"] == ((0,), 0.01, "bias: one unit")
+
+
 def test_stacked_parameters_are_clipped_one_by_one():
     """Layers of a scan and seeds under vmap: the same as each alone."""
     stack = jax.tree.map(
@@ -191,7 +198,11 @@ def test_groups_have_a_limit_of_their_own_and_the_last_that_fits_holds():
 # Optax -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", [(5, 6), (3, 3, 4, 8)], ids=["dense", "2-D"])
+@pytest.mark.parametrize(
+    "kernel",
+    [(5, 6), (3, 3, 4, 8), (3, 3, 1, 6), (3, 3, 3, 4, 8)],
+    ids=["dense", "2-D", "depthwise", "3-D"],
+)
 def test_it_agrees_with_optax_where_that_one_knows_what_a_unit_is(kernel):
     params = random_like({"layer": {"kernel": np.zeros(kernel), "bias": np.zeros(8)}}, 0)
     gradients = random_like(params, 1)
@@ -201,16 +212,54 @@ def test_it_agrees_with_optax_where_that_one_knows_what_a_unit_is(kernel):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("kernel", [(3, 4, 8), (2, 5, 6)], ids=["1-D", "scanned dense"])
-def test_and_not_where_that_one_goes_by_rank(kernel):
-    """It takes [width, inputs, outputs] for [outputs, inputs] and some more."""
-    params = random_like({"layer": {"kernel": np.zeros(kernel)}}, 0)
+@pytest.mark.parametrize(
+    ("name", "kernel", "stacked"),
+    [
+        ("layer", (3, 4, 8), 0),
+        ("layer", (2, 5, 6), 1),
+        ("layer", (2, 3, 3, 4, 8), 1),
+        ("layer", (1, 1, 1, 8), 0),
+        ("out", (2, 3, 8), 0),
+    ],
+    ids=["1-D", "scanned dense", "scanned 2-D", "of one input", "after heads"],
+)
+def test_and_not_where_that_one_goes_by_rank(name, kernel, stacked):
+    """It takes rank 3 for [inputs, heads, features], rank 5 for 3-D, and one input for a bias."""
+    params = random_like({name: {"kernel": np.zeros(kernel)}}, 0)
     gradients = random_like(params, 1)
     theirs = optax.adaptive_grad_clip(0.05)
     expected, _ = theirs.update(gradients, theirs.init(params), params)
-    how = {} if kernel == (3, 4, 8) else {"stacked": (("*", 1),)}
-    got, _ = clip(gradients, params, 0.05, **how)
-    assert not np.allclose(got["layer"]["kernel"], expected["layer"]["kernel"], rtol=1e-3)
+    got, _ = clip(gradients, params, 0.05, stacked=(("*", stacked),))
+    assert not np.allclose(got[name]["kernel"], expected[name]["kernel"], rtol=1e-3)
+
+
+def test_it_agrees_with_optax_on_projections_to_heads():
+    params = random_like({"attention": {"query": {"kernel": np.zeros((8, 2, 3))}}}, 0)
+    gradients = random_like(params, 1)
+    theirs = optax.adaptive_grad_clip(0.05)
+    expected, _ = theirs.update(gradients, theirs.init(params), params)
+    got, _ = clip(gradients, params, 0.05)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+
+
+def test_layers_of_a_real_scan_are_clipped_one_by_one():
+    """`nn.scan` stacks kernel [3, 4, 4] and bias [3, 4]; each layer is as it is alone."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(4, name="dense")(x), None
+
+    scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    params = scan(name="layers").init(jax.random.key(0), jnp.ones((2, 4)), None)["params"]
+    assert params["dense"]["kernel"].shape == (3, 4, 4)
+    gradients = random_like(params, 1)
+    together, _ = clip(gradients, params, 0.1, stacked=(("*", 1),))
+    for i in range(3):
+        alone, _ = clip(*(jax.tree.map(lambda x, i=i: x[i], t) for t in (gradients, params)), 0.1)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), together, alone
+        )
 
 
 # In a run ----------------------------------------------------------------------------------------

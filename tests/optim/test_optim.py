@@ -61,6 +61,23 @@ def test_the_peak_scales_with_the_batch_only_if_asked():
     assert peak_learning_rate(scaled) == pytest.approx(0.025)
 
 
+def test_the_recipe_of_nfnets_has_its_papers_schedule():
+    """Brock et al. 2021: 360 epochs of 1,281,167 images at 4096, to 1.6 in 5 epochs, then to 0."""
+    config = load_config("configs/nfnet_imagenet.py:model=resnet50")
+    length = RunLength.of(config)
+    assert length.num_steps == 112_602  # ⌊360 · 1,281,167 / 4096⌋ = ⌊112,602.6⌋
+    assert peak_learning_rate(config) == pytest.approx(1.6)  # 0.1 · 4096 / 256
+    schedule = build_schedule(config, length)
+    # 5 epochs are 5 · 1,281,167 / 4096 = 1563.9 steps; the step after them has the peak, the middle
+    # of the other 111,038 half of it, and the last one 1.6 · sin²(π/2 / 111,038) = 3.2e-10.
+    got = [float(schedule(step)) for step in (0, 781, 1563, 1564, 57_083, 112_601)]
+    expected = [1.6 / 1564, 1.6 * 782 / 1564, 1.6, 1.6, 0.8, 0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+    # Half the batch has half the rate: it is derived when training starts.
+    half = load_config("configs/nfnet_imagenet.py:model=resnet50", {"train.batch_size": 2048})
+    assert peak_learning_rate(half) == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -85,6 +102,9 @@ PARAMS = {
     "block": {"norm2": {"bias": 0}, "head": {"kernel": 0}},
     "cell": {"bias": 0, "hidden": {"kernel": 0}},
     "positions": 0,
+    "skipping": {"skip_gain": 0, "conv1": {"kernel": 0, "gain": 0}},
+    "fixup": {"bias1a": 0, "multiplier": 0, "conv1": {"kernel": 0}, "bias2": {"value": 0}},
+    "scaled": {"skip_gain": 0},
 }
 
 
@@ -95,6 +115,17 @@ def test_roles_come_from_places_not_from_ranks():
         "block": {"norm2": {"bias": "norm_bias"}, "head": {"kernel": "kernel"}},
         "cell": {"bias": "bias", "hidden": {"kernel": "kernel"}},
         "positions": "embedding",
+        "skipping": {
+            "skip_gain": "skip_gain",
+            "conv1": {"kernel": "kernel", "gain": "norm_scale"},
+        },
+        "fixup": {
+            "bias1a": "bias",
+            "multiplier": "skip_gain",
+            "conv1": {"kernel": "kernel"},
+            "bias2": {"value": "bias"},
+        },
+        "scaled": {"skip_gain": "skip_gain"},
     }
 
 
@@ -105,6 +136,14 @@ def test_a_mask_selects_roles():
         "block": {"norm2": {"bias": True}, "head": {"kernel": True}},
         "cell": {"bias": False, "hidden": {"kernel": True}},
         "positions": False,
+        "skipping": {"skip_gain": False, "conv1": {"kernel": True, "gain": False}},
+        "fixup": {
+            "bias1a": False,
+            "multiplier": False,
+            "conv1": {"kernel": True},
+            "bias2": {"value": False},
+        },
+        "scaled": {"skip_gain": False},
     }
     with pytest.raises(UserError, match="did you mean 'kernel'"):
         role_mask(PARAMS, ("kernels",))

@@ -2,7 +2,13 @@
 
 import json
 
+import jax
+import numpy as np
+
 from normlab.config import load_config
+from normlab.training import checkpoint, parallel
+from normlab.training.setup import build_parts
+from normlab.training.state import create_state
 
 SMALL = {
     "model.widths": (4, 8),
@@ -21,3 +27,9 @@ def small(norm="batch_norm", **fields):
 
 def lines(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def final_parameters(folder, config):
+    state = create_state(build_parts(config), parallel.Compiler())
+    step, state, _ = checkpoint.latest(folder / "checkpoints", state, {})
+    return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]

@@ -8,28 +8,18 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from small_run import SMALL, lines, small
+from small_run import SMALL, final_parameters, lines, small
 
 from normlab import run
 from normlab.config import load_config
 from normlab.errors import UserError
-from normlab.training import checkpoint, parallel
+from normlab.training import checkpoint
 from normlab.training.evaluate import Evaluator
 from normlab.training.loop import train
 from normlab.training.restore import evaluate_run
-from normlab.training.setup import build_parts, run_identity
+from normlab.training.setup import run_identity
 from normlab.training.signals import Interrupted
-from normlab.training.state import create_state
-
-
-def final_parameters(folder, config):
-    state = create_state(build_parts(config), parallel.Compiler())
-    step, state, _ = checkpoint.latest(folder / "checkpoints", state, {})
-    return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-
 
 # What a run leaves
 

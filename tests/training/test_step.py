@@ -1,9 +1,12 @@
 """One training step: its arithmetic, its guard, its averages."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from normlab.config import load_config
 from normlab.models.activations import relu
@@ -11,7 +14,7 @@ from normlab.norms import NORMS, split_state
 from normlab.training.parallel import Compiler
 from normlab.training.setup import build_parts
 from normlab.training.state import CULPRITS, create_state
-from normlab.training.step import cross_entropy, make_train_step
+from normlab.training.step import Batch, cross_entropy, make_loss, make_train_step, warmed_up
 
 FIELDS = {"model.widths": (8,), "optim.schedule": "constant", "train.num_steps": 100}
 
@@ -30,6 +33,12 @@ def stepper(parts, **options):
     return jax.jit(make_train_step(parts.model, parts.direction, parts.schedule, **options))
 
 
+def same(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
 def test_cross_entropy_by_hand():
     # Two equal logits: log 2 whatever the target. Logits (0, log 3): −log(3/4), −log(1/4).
     logits = jnp.array([[0.0, 0.0], [0.0, np.log(3)], [0.0, np.log(3)]])
@@ -41,6 +50,81 @@ def test_label_smoothing_by_hand():
     # Smoothing 0.2 over 2 classes: target (0.9, 0.1): 0.9·log(4/3) + 0.1·log 4 for the right class.
     got = cross_entropy(jnp.array([[np.log(3), 0.0]]), jnp.array([0]), 0.2)
     assert float(got[0]) == pytest.approx(0.9 * np.log(4 / 3) + 0.1 * np.log(4), rel=1e-5)
+
+
+def test_soft_targets_by_hand():
+    # Target (0.3, 0.7), logits (0, log 3): 0.3·log 4 + 0.7·log(4/3). Smoothed by 0.2 over two
+    # classes: 0.8·(0.3, 0.7) + 0.1 = (0.34, 0.66).
+    logits, target = jnp.array([[0.0, np.log(3)]]), jnp.array([[0.3, 0.7]])
+    plain = 0.3 * np.log(4) + 0.7 * np.log(4 / 3)
+    assert float(cross_entropy(logits, target)[0]) == pytest.approx(plain, rel=1e-6)
+    smoothed = 0.34 * np.log(4) + 0.66 * np.log(4 / 3)
+    assert float(cross_entropy(logits, target, 0.2)[0]) == pytest.approx(smoothed, rel=1e-6)
+    # One class for certain is a label.
+    both = [
+        cross_entropy(logits, target, 0.2) for target in (jnp.array([1]), jnp.array([[0, 1.0]]))
+    ]
+    np.testing.assert_array_equal(*both)
+
+
+def test_of_mixed_examples_the_likeliest_class_is_the_right_one():
+    class Logits(nn.Module):
+        """The images are the logits."""
+
+        @nn.compact
+        def __call__(self, x, *, train):
+            return self.param("w", nn.initializers.ones, ()) * x
+
+    logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
+    targets = jnp.array([[0.6, 0.4, 0.0], [0.6, 0.0, 0.4], [0.0, 1.0, 0.0]])
+    _, (correct, *_) = make_loss(Logits())({"w": jnp.ones(())}, {}, (logits, targets))
+    assert int(correct) == 2
+
+
+# Dropout
+
+
+class Dropping(nn.Module):
+    """A dense layer behind half of the pixels."""
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        if train and self.has_rng("dropout"):
+            x = 2 * x * jax.random.bernoulli(self.make_rng("dropout"), shape=x.shape)
+        return nn.Dense(10, name="head")(x.reshape(len(x), -1))
+
+
+def dropping():
+    """The step and the state of a run with such a model."""
+    parts = parts_of("none")
+    state = create_state(parts, Compiler())
+    params = Dropping().init(jax.random.key(0), batch()[0], train=False)["params"]
+    state = state.replace(params=params, opt_state=parts.direction.init(params))
+    return stepper(dataclasses.replace(parts, model=Dropping())), state
+
+
+def test_a_model_drops_by_the_batchs_key_and_by_nothing_else():
+    step, state = dropping()
+    images, labels = batch()
+    whole = step(state, (images, labels))
+    one, again, other = (
+        step(state, Batch(images, labels, jax.random.key(key))) for key in (1, 1, 2)
+    )
+    assert same(one.params, again.params)
+    assert not same(one.params, other.params)
+    assert not same(one.params, whole.params)
+
+
+def test_a_key_that_no_model_asks_for_changes_no_bit():
+    parts = parts_of()
+    step, state = stepper(parts), create_state(parts, Compiler())
+    images, labels = batch()
+    plain = step(state, (images, labels))
+    keyed = step(state, Batch(images, labels, jax.random.key(1)))
+    assert same(plain, keyed)
+
+
+# The step
 
 
 def test_a_step_is_minus_rate_times_direction():
@@ -58,12 +142,6 @@ def test_a_step_is_minus_rate_times_direction():
     np.testing.assert_allclose(after.params["head"]["kernel"], expected, rtol=1e-5, atol=1e-6)
     assert int(after.step) == 1
     assert float(after.totals.loss) == pytest.approx(float(loss(state.params)), rel=1e-5)
-
-
-def same(a, b):
-    return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
 
 
 @pytest.mark.parametrize("norm", ["none", "batch_norm", "batch_renorm", "layer_norm"])
@@ -196,6 +274,28 @@ def test_the_moving_average_takes_weights_and_statistics_but_no_counter():
         np.testing.assert_allclose(average, 0.75 * x + 0.25 * y, rtol=1e-5, atol=1e-7)
     assert int(after.ema["batch_stats"]["norm1"]["step"]) == 1
     assert after.ema["batch_stats"]["norm1"]["step"].dtype == jnp.int32
+
+
+def test_the_averages_decay_grows_to_what_it_is():
+    # (1 + t)/(10 + t): 1/10, 2/11, 3/12, and 0.9999 at t = 89,990; below 0.99999 until 899,990.
+    got = [float(warmed_up(0.99999, t)) for t in (0, 1, 2, 89_990, 899_991)]
+    np.testing.assert_allclose(got, [0.1, 2 / 11, 0.25, 0.9999, 0.99999], rtol=1e-6)
+    assert float(warmed_up(0.2, 2)) == pytest.approx(0.2)
+
+
+def test_a_warmed_up_average_by_hand():
+    parts = parts_of("none", train__ema_decay=0.5, train__ema_warmup=True)
+    step = stepper(parts, ema_decay=0.5, ema_warmup=True)
+    states = [create_state(parts, Compiler())]
+    for number in range(3):
+        states.append(step(states[-1], batch(number)))
+    w0, w1, w2, w3 = (np.asarray(state.params["head"]["kernel"]) for state in states)
+    first = 0.1 * w0 + 0.9 * w1
+    second = 2 / 11 * first + 9 / 11 * w2
+    third = 0.25 * second + 0.75 * w3
+    for state, expected in zip(states[1:], (first, second, third), strict=True):
+        got = state.ema["params"]["head"]["kernel"]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_limits_of_renormalization_move_from_step_to_step_of_one_trace():

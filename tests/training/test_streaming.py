@@ -87,6 +87,21 @@ def test_a_run_cut_off_ends_with_the_bytes_of_one_that_was_not(squares, tmp_path
     assert final_bytes(tmp_path / "cut", config) == final_bytes(tmp_path / "whole", config)
 
 
+def test_what_is_evaluated_may_have_a_size_of_its_own(squares, tmp_path):
+    config = config_of(squares, data__eval_image_size=12, train__num_steps=2)
+    data, rows = load_data(config, parallel.make_mesh()), np.arange(6, dtype=np.int32)
+    (tested, _), _ = next(data.evaluated["test"].batches([rows]))
+    (trained, _), _ = next(data.train.steps(0, 0, rows[None], 1))
+    assert (tested.shape, trained.shape) == ((6, 12, 12, 3), (6, 8, 8, 3))
+    result = train(config, tmp_path / "run")
+    other = train(config_of(squares, train__num_steps=2), tmp_path / "other")
+    assert result["train_loss"] == other["train_loss"]
+    assert result["test_loss"] != other["test_loss"]
+    assert evaluate_run(tmp_path / "run")["test_loss"] == result["test_loss"]
+    # A sheet shows all images at the training's size.
+    assert draw_sheet(config, 2, 2)[1].size == draw_sheet(config_of(squares), 2, 2)[1].size
+
+
 def test_steps_in_one_dispatch_change_nothing_but_rounding(squares, tmp_path):
     one = train(config_of(squares), tmp_path / "one")
     three = train(config_of(squares, parallel__steps_per_dispatch=3), tmp_path / "three")
