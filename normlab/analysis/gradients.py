@@ -24,12 +24,13 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.analysis.mean_field import gradient_growth
-from normlab.analysis.signals import block_paths, describe, linear_paths, place_kind
+from normlab.analysis.signals import describe, linear_paths, place_kind
 from normlab.analysis.subject import Subject
 from normlab.errors import unknown
 from normlab.models.activations import ACTIVATIONS
 from normlab.models.layers import norm_layers
 from normlab.report.profiles import Profile
+from normlab.training.probe import block_paths
 from normlab.training.step import cross_entropy
 
 OBJECTIVES = ("loss", "functional")
@@ -55,7 +56,8 @@ def measure_gradients(
         raise unknown("objective", objective, OBJECTIVES)
     chosen = place_kind(subject, by)
     model = subject.parts.model
-    paths = set(block_paths(subject) if chosen == "blocks" else _layers(subject))
+    shape = subject.parts.info.image_shape
+    paths = set(block_paths(model, shape) if chosen == "blocks" else _layers(subject))
     names: list[str] = []
 
     @jax.jit
@@ -73,8 +75,8 @@ def measure_gradients(
 
     seeds, rows = [], []
     for draw in subject.draws():
-        shape = (len(draw.labels), subject.parts.info.num_classes)
-        functional = jax.random.normal(jax.random.fold_in(jax.random.key(draw.seed), 1), shape)
+        key = jax.random.fold_in(jax.random.key(draw.seed), 1)
+        functional = jax.random.normal(key, (len(draw.labels), subject.parts.info.num_classes))
         found = squares(draw.variables, draw.images, draw.labels, functional)
         seeds.append(draw.seed)
         rows.append([float(square) for square in jax.device_get(found)])
@@ -118,6 +120,7 @@ def predicted_growth(subject: Subject) -> tuple[float, str] | None:
         config.model.kind in PLAIN_MODELS
         and config.norm.kind == "batch_norm"
         and config.conv.kind == "standard"
+        and config.model.get("weights") != "orthogonal"  # the theory's are Gaussian
         and not config.norm_overrides
     )
     if not fits:
