@@ -19,6 +19,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax import Array
 
+from normlab.analysis.mean_field import BlockSignal, Signal
+from normlab.analysis.predictions import predicted_signals
 from normlab.analysis.subject import Subject
 from normlab.errors import UserError, unknown
 from normlab.models.signals import SIGNALS
@@ -54,6 +56,9 @@ def measure_signals(
         found = moments(draw.variables, draw.images)
         seeds.append(draw.seed)
         rows.append([[float(number) for number in place] for place in jax.device_get(found)])
+    expected = (
+        predicted_signals(subject, names) if batch_statistics and chosen == "blocks" else None
+    )
     columns = ["mean_squared", "variance", "branch_mean_squared", "branch_variance"]
     width = len(rows[0][0])
     return Profile(
@@ -67,9 +72,18 @@ def measure_signals(
             name: [[place[i] for place in seed] for seed in rows]
             for i, name in enumerate(columns[:width])
         },
+        predicted=_columns(expected),
         drawn=tuple(name for name in columns[:width] if name != "branch_mean_squared"),
         ylabel="mean over channels",
     )
+
+
+def _columns(blocks: list[BlockSignal] | None) -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for prefix, part in (("", "stream"), ("branch_", "branch")):
+        for name in Signal._fields:
+            found[prefix + name] = [getattr(getattr(block, part), name) for block in blocks or ()]
+    return found if blocks else {}
 
 
 def place_kind(subject: Subject, by: str | None) -> str:

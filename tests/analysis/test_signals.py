@@ -232,7 +232,7 @@ def test_without_a_normalizer_the_stream_doubles_at_each_block():
     moments = means(profile, "mean_squared") + means(profile, "variance")
     np.testing.assert_allclose(moments, 2.0 ** np.arange(1, 7), rtol=0.12)
     # Two networks of 512 channels; the deviations of the blocks add up.
-    check(profile, plain_signals(6), rtol=0.15)
+    check(profile, plain_signals([False] * 6), rtol=0.15)
 
 
 def test_normalizer_free_blocks_keep_the_branch_at_one_and_the_stream_at_1_and_k_alpha_squared():
