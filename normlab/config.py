@@ -36,7 +36,8 @@ UNITS = ("steps", "epochs", "examples", "fraction")
 READ_ONLY = {"norm": "norm", "model": "model", "conv": "conv", "optim": "optimizer"}
 """Sections whose `kind` is chosen after the colon, with the name of that choice."""
 
-_NOT_IDENTITY = ("log", "checkpoint", "parallel")
+_NOT_IDENTITY = ("log", "checkpoint", "parallel", "data.path", "probe.layers", "probe.signals")
+"""Sections and fields that change no result, only what is written beside it."""
 
 
 # Building configs (used by configs/*.py) ---------------------------------------------------------
@@ -351,7 +352,7 @@ def from_json(data: Mapping[str, Any]) -> ConfigDict:
                 f"config.json has {name} = {saved[name]!r}, but {source!r} gives another"
             )
     missing = sorted(set(flatten(config)) - set(saved) - {"source"})
-    missing = [name for name in missing if name.partition(".")[0] not in _NOT_IDENTITY]
+    missing = [name for name in missing if not {name, name.partition(".")[0]} & {*_NOT_IDENTITY}]
     if missing:
         raise UserError(f"config.json lacks the field {missing[0]!r} that {source!r} has now")
     for name in sorted(saved.keys() - kinds):
@@ -362,14 +363,18 @@ def from_json(data: Mapping[str, Any]) -> ConfigDict:
 def identity(config: ConfigDict, *, stateful: bool, num_devices: int = 1) -> dict[str, Any]:
     """Returns what makes a run the run it is: its config without the fields that cannot matter.
 
-    Left out: the file it came from, logging, checkpointing and device layout. A normalizer without
-    state has no statistics scope; scope `device` stands for its number of groups.
+    Left out: the file it came from, logging and what is only logged, checkpointing and device
+    layout. A normalizer without state has no statistics scope; scope `device` stands for its number
+    of groups.
     """
     data = to_json(config)
     del data["source"]
     for name in _NOT_IDENTITY:
-        data.pop(name, None)
-    data["data"].pop("path", None)
+        section, _, key = name.partition(".")
+        if key:
+            data.get(section, {}).pop(key, None)
+        else:
+            data.pop(section, None)
     scope = data["batch_stats"]
     if not stateful:
         scope.update(scope="global", ghost_size=None)

@@ -23,19 +23,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from normlab.analysis.mean_field import gradient_growth
-from normlab.analysis.signals import block_paths, describe, linear_paths, place_kind
+from normlab.analysis.predictions import predicted_growth
+from normlab.analysis.signals import describe, linear_paths, place_kind
 from normlab.analysis.subject import Subject
 from normlab.errors import unknown
-from normlab.models.activations import ACTIVATIONS
 from normlab.models.layers import norm_layers
 from normlab.report.profiles import Profile
+from normlab.training.probe import block_paths
 from normlab.training.step import cross_entropy
 
 OBJECTIVES = ("loss", "functional")
-
-PLAIN_MODELS = ("mlp", "deep_mlp")
-"""Models of layers activation(BN(W x)), to which the theory of `mean_field` applies."""
 
 
 def measure_gradients(
@@ -55,7 +52,8 @@ def measure_gradients(
         raise unknown("objective", objective, OBJECTIVES)
     chosen = place_kind(subject, by)
     model = subject.parts.model
-    paths = set(block_paths(subject) if chosen == "blocks" else _layers(subject))
+    shape = subject.parts.info.image_shape
+    paths = set(block_paths(model, shape) if chosen == "blocks" else _layers(subject))
     names: list[str] = []
 
     @jax.jit
@@ -73,8 +71,8 @@ def measure_gradients(
 
     seeds, rows = [], []
     for draw in subject.draws():
-        shape = (len(draw.labels), subject.parts.info.num_classes)
-        functional = jax.random.normal(jax.random.fold_in(jax.random.key(draw.seed), 1), shape)
+        key = jax.random.fold_in(jax.random.key(draw.seed), 1)
+        functional = jax.random.normal(key, (len(draw.labels), subject.parts.info.num_classes))
         found = squares(draw.variables, draw.images, draw.labels, functional)
         seeds.append(draw.seed)
         rows.append([float(square) for square in jax.device_get(found)])
@@ -105,32 +103,6 @@ def measure_gradients(
         ylabel="squared norm of the gradient",
         summary=summary,
     )
-
-
-def predicted_growth(subject: Subject) -> tuple[float, str] | None:
-    """Returns the growth of the squared norm a layer by `mean_field`, and what it holds for.
-
-    None where it says nothing: it does for batch normalization in a plain network of standard
-    layers, without overrides.
-    """
-    config = subject.parts.config
-    fits = (
-        config.model.kind in PLAIN_MODELS
-        and config.norm.kind == "batch_norm"
-        and config.conv.kind == "standard"
-        and not config.norm_overrides
-    )
-    if not fits:
-        return None
-    scope = config.batch_stats
-    group = scope.ghost_size if scope.scope == "ghost" else subject.parts.length.batch_size
-    if scope.scope == "device":
-        group //= jax.device_count()
-    if config.model.activation != "identity":
-        return gradient_growth(ACTIVATIONS[config.model.activation]), "limit of large batches"
-    if group <= 3:
-        return None
-    return gradient_growth(ACTIVATIONS["identity"], group), f"exact for a batch of {group}"
 
 
 def _layers(subject: Subject) -> list[str]:

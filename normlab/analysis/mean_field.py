@@ -88,7 +88,7 @@ def after_layer(
 
 
 def plain_signals(
-    num_blocks: int,
+    transitions: Sequence[bool],
     activation: Activation = relu,
     *,
     start: Signal = STANDARD,
@@ -97,13 +97,16 @@ def plain_signals(
 ) -> list[BlockSignal]:
     """Returns the blocks of x + W φ(W φ(x)) without a normalizer: with relu and He's weights of
     variance 2 / fan-in the second moment doubles.
+
+    A block where `transitions` is true has W φ(x) as its shortcut, which keeps the second moment:
+    it doubles there, too. `layers`: those of a branch.
     """
     blocks, stream = [], start
-    for _ in range(num_blocks):
-        branch = stream
-        for _ in range(layers):
+    for transition in transitions:
+        branch = shortcut = after_layer(stream, activation, weight_variance)
+        for _ in range(layers - 1):
             branch = after_layer(branch, activation, weight_variance)
-        stream = _sum(stream, branch)
+        stream = _sum(shortcut if transition else stream, branch)
         blocks.append(BlockSignal(branch, stream))
     return blocks
 

@@ -10,7 +10,7 @@ A model without residual blocks has a place a linear layer, whose output is meas
 normalizer, or an activation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,10 +19,13 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax import Array
 
+from normlab.analysis.mean_field import BlockSignal, Signal
+from normlab.analysis.predictions import predicted_signals
 from normlab.analysis.subject import Subject
 from normlab.errors import UserError, unknown
 from normlab.models.signals import SIGNALS
 from normlab.report.profiles import Profile
+from normlab.training.probe import block_paths, channel_moments, shown_blocks
 
 PLACES = ("blocks", "layers")
 
@@ -44,13 +47,18 @@ def measure_signals(
     def moments(variables: Any, images: Array) -> list[Array]:
         found = measure(subject.parts.model, variables, images, train=batch_statistics)
         names[:] = list(found)  # known once this is traced, in the order of the layers
-        return [jnp.concatenate([_moments(y) for y in arrays]) for arrays in found.values()]
+        return [
+            jnp.stack([m for y in arrays for m in channel_moments(y)]) for arrays in found.values()
+        ]
 
     seeds, rows = [], []
     for draw in subject.draws():
         found = moments(draw.variables, draw.images)
         seeds.append(draw.seed)
         rows.append([[float(number) for number in place] for place in jax.device_get(found)])
+    expected = (
+        predicted_signals(subject, names) if batch_statistics and chosen == "blocks" else None
+    )
     columns = ["mean_squared", "variance", "branch_mean_squared", "branch_variance"]
     width = len(rows[0][0])
     return Profile(
@@ -64,49 +72,36 @@ def measure_signals(
             name: [[place[i] for place in seed] for seed in rows]
             for i, name in enumerate(columns[:width])
         },
+        predicted=_columns(expected),
         drawn=tuple(name for name in columns[:width] if name != "branch_mean_squared"),
         ylabel="mean over channels",
     )
+
+
+def _columns(blocks: list[BlockSignal] | None) -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for prefix, part in (("", "stream"), ("branch_", "branch")):
+        for name in Signal._fields:
+            found[prefix + name] = [getattr(getattr(block, part), name) for block in blocks or ()]
+    return found if blocks else {}
 
 
 def place_kind(subject: Subject, by: str | None) -> str:
     """Returns the kind of places that a probe goes by: blocks where the model has any."""
     if by is not None and by not in PLACES:
         raise unknown("kind of place", by, PLACES)
-    has_blocks = bool(block_paths(subject))
+    has_blocks = bool(block_paths(subject.parts.model, subject.parts.info.image_shape))
     if by == "blocks" and not has_blocks:
         kind = subject.parts.config.model.kind
         raise UserError(f"model {kind!r} has no residual blocks; go by layers")
     return by or ("blocks" if has_blocks else "layers")
 
 
-def block_paths(subject: Subject) -> list[str]:
-    """Returns the paths of the modules that show signals, without computing anything."""
-    model = subject.parts.model
-    names: list[str] = []
-
-    def watch(variables: Any, images: Array) -> None:
-        names.extend(watch_blocks(model, variables, images, train=True))
-
-    images = jax.ShapeDtypeStruct((2, *subject.parts.info.image_shape), jnp.float32)
-    jax.eval_shape(watch, subject.parts.abstract_variables(), images)
-    return names
-
-
 def watch_blocks(
     model: nn.Module, variables: Any, images: Array, *, train: bool
-) -> dict[str, tuple[Array, ...]]:
-    """Returns {block: (its output, the end of its branch)}; block/1, block/2 if it has several."""
-    sown = _apply(model, variables, images, train, [SIGNALS]).get(SIGNALS, {})
-    flat = flatten_dict(sown, sep="/")
-    found: dict[str, tuple[Array, ...]] = {}
-    for name, streams in flat.items():
-        path, _, what = name.rpartition("/")
-        if what == "stream":
-            branches = flat[f"{path}/branch"]
-            for i, pair in enumerate(zip(streams, branches, strict=True), 1):
-                found[path if len(streams) == 1 else f"{path}/{i}"] = pair
-    return found
+) -> Mapping[str, tuple[Array, ...]]:
+    """Returns {block: (its output, the end of its branch)}, as `shown_blocks`."""
+    return shown_blocks(_apply(model, variables, images, train, [SIGNALS]).get(SIGNALS, {}))
 
 
 def watch_layers(
@@ -145,12 +140,6 @@ def _apply(
         capture_intermediates=capture,
     )
     return dict(sown)
-
-
-def _moments(y: Array) -> Array:
-    """Returns (mean of squared channel means, mean channel variance) of y [N, ..., C]: [2]."""
-    y = y.astype(jnp.promote_types(y.dtype, jnp.float32)).reshape(-1, y.shape[-1])
-    return jnp.stack([jnp.mean(jnp.square(y.mean(0))), jnp.mean(y.var(0))])
 
 
 def describe(subject: Subject) -> dict[str, Any]:

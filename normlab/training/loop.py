@@ -22,7 +22,7 @@ from normlab.data import dropout_key, order_hash, train_indices, training_batch
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
-from normlab.training.probe import unit_percentiles
+from normlab.training.probe import layer_metrics, unit_percentiles
 from normlab.training.record import check_fingerprint, describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity
 from normlab.training.signals import Interrupted, Signals
@@ -232,11 +232,28 @@ class _Run:
                 "nonfinite": int(totals.nonfinite),
             }
         )
-        if accepted and totals.measures:
-            means = {name: float(total) / accepted for name, total in totals.measures.items()}
-            self._log({"step": self.step, "split": "layers", **means})
+        means = {name: float(total) / max(accepted, 1) for name, total in totals.measures.items()}
+        layers = (means if accepted else {}) | self._watch()
+        if layers:
+            self._log({"step": self.step, "split": "layers", **layers})
         zeros = parallel.replicate(Totals.zeros(totals.measures), self.mesh)
         self.state = self.state.replace(totals=zeros)
+
+    def _watch(self) -> dict[str, float]:
+        """Returns what `probe.layers` and `probe.signals` ask for, of the last step's batch."""
+        parts = self.parts
+        if not (parts.config.probe.layers or parts.config.probe.signals):
+            return {}
+        return layer_metrics(
+            parts.config,
+            parts.model,
+            parts.info,
+            self.compiler,
+            self.mesh,
+            self.state.variables(),
+            self.step - 1,
+            self.data.train,
+        )
 
     def _log(self, line: Mapping[str, Any]) -> None:
         run.append_line(self.folder / "metrics.jsonl", line)

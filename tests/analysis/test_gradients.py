@@ -1,16 +1,12 @@
 """Gradients by depth: by hand, and against theory."""
 
-import math
-
 import numpy as np
 import pytest
 
-from normlab.analysis.gradients import measure_gradients, predicted_growth
-from normlab.analysis.mean_field import gradient_growth
+from normlab.analysis.gradients import measure_gradients
 from normlab.analysis.subject import fresh
 from normlab.config import load_config
 from normlab.errors import UserError
-from normlab.models.activations import relu
 
 
 def subject_of(choices, num_seeds=1, **fields):
@@ -106,21 +102,6 @@ def test_the_growth_of_24_layers_of_512(activation, batch_size, published):
     )
     profile = measure_gradients(subject, objective="functional")
     assert growth(profile) == pytest.approx(published, rel=0.02)
-
-
-def test_predictions_are_made_where_the_theory_applies():
-    fields = {"model__activation": "relu"}
-    limit = (gradient_growth(relu), "limit of large batches")
-    assert predicted_growth(subject_of("model=mlp", **fields)) == limit
-    assert limit[0] == pytest.approx(math.pi / (math.pi - 1))
-    ghosts = {"batch_stats__scope": "ghost", "batch_stats__ghost_size": 8}
-    linear = subject_of("model=mlp", model__activation="identity", **ghosts)
-    assert predicted_growth(linear) == (6 / 5, "exact for a batch of 8")
-    for choices in ("model=cnn", "model=mlp,norm=layer_norm", "model=mlp,conv=weight_norm"):
-        assert predicted_growth(subject_of(choices)) is None
-    assert predicted_growth(subject_of("model=mlp", norm_overrides=("norm1=none",))) is None
-    ghosts["batch_stats__ghost_size"] = 2
-    assert predicted_growth(subject_of("model=mlp", model__activation="identity", **ghosts)) is None
 
 
 def test_an_objective_that_does_not_exist_is_refused():

@@ -76,16 +76,24 @@ def test_a_layer_of_drawn_weights_has_the_signal_that_is_predicted():
 
 
 def test_without_a_normalizer_the_second_moment_doubles():
-    moments = [sum(block.stream) for block in plain_signals(6)]
+    moments = [sum(block.stream) for block in plain_signals([False] * 6)]
     np.testing.assert_allclose(moments, [2, 4, 8, 16, 32, 64], rtol=1e-4)
     # The means take over: rectified values point ever more the same way.
-    shares = [block.branch.mean_squared / sum(block.branch) for block in plain_signals(6)]
+    shares = [block.branch.mean_squared / sum(block.branch) for block in plain_signals([False] * 6)]
     assert shares == sorted(shares)
     # Two layers from c = 0: κ(0) = 1/π, κ(1/π) by the kernel above.
     c = 1 / math.pi
     assert shares[0] == pytest.approx(
         (math.sqrt(1 - c**2) + c * (math.pi - math.acos(c))) / math.pi, rel=1e-4
     )
+
+
+def test_a_transition_without_a_normalizer_doubles_too_and_starts_from_the_activated_stream():
+    [block] = plain_signals([True])
+    # Shortcut W φ(x) and branch W φ(W φ(x)), both of second moment 1; κ(0) = 1/π of the first.
+    assert sum(block.stream) == pytest.approx(2, rel=1e-4)
+    shortcut = block.stream.mean_squared - block.branch.mean_squared
+    assert shortcut == pytest.approx(1 / math.pi, rel=1e-6)
 
 
 def test_batch_norm_adds_one_a_block_and_starts_again_at_a_transition():

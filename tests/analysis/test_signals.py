@@ -15,7 +15,7 @@ from normlab.analysis.mean_field import (
     normalizer_free_signals,
     plain_signals,
 )
-from normlab.analysis.signals import block_paths, measure_signals
+from normlab.analysis.signals import measure_signals
 from normlab.analysis.subject import fresh, of_run
 from normlab.config import load_config
 from normlab.errors import UserError
@@ -23,6 +23,7 @@ from normlab.models.activations import gain, relu
 from normlab.models.conv import he_normal
 from normlab.models.signals import sow_signals
 from normlab.training.loop import train
+from normlab.training.probe import block_paths
 
 
 def subject_of(choices, num_seeds=1, inputs="gaussian", **fields):
@@ -115,7 +116,8 @@ def test_running_statistics_are_those_of_a_network_that_saw_nothing():
     ],
 )
 def test_residual_blocks_are_found_in_their_order(choices, count, second):
-    paths = block_paths(subject_of(choices))
+    parts = subject_of(choices).parts
+    paths = block_paths(parts.model, parts.info.image_shape)
     assert len(paths) == count
     if count > 10:
         assert paths[1] == second
@@ -195,7 +197,7 @@ class Residual(nn.Module):
 
 
 def residual(choices, **fields):
-    subject = subject_of(f"model=mlp,{choices}", num_seeds=2, train__batch_size=512)
+    subject = subject_of(f"model=mlp,{choices}", num_seeds=2, train__batch_size=256)
     return measure_signals(with_model(subject, Residual(None, None, **fields)))
 
 
@@ -230,7 +232,7 @@ def test_without_a_normalizer_the_stream_doubles_at_each_block():
     moments = means(profile, "mean_squared") + means(profile, "variance")
     np.testing.assert_allclose(moments, 2.0 ** np.arange(1, 7), rtol=0.12)
     # Two networks of 512 channels; the deviations of the blocks add up.
-    check(profile, plain_signals(6), rtol=0.15)
+    check(profile, plain_signals([False] * 6), rtol=0.15)
 
 
 def test_normalizer_free_blocks_keep_the_branch_at_one_and_the_stream_at_1_and_k_alpha_squared():

@@ -1,0 +1,101 @@
+"""Times what `probe.layers` and `probe.signals` cost a run, against the steps between two looks.
+
+    python scripts/bench_probe.py [--config FILE.py:choices] [--rounds 9]
+
+Turns of training steps and of one look at all layers alternate; medians of processor seconds, and
+of wall seconds. The images are random: no time depends on what is in them.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+STEPS = 3  # a turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default="configs/cifar10.py:model=resnet20")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of either")
+    args = parser.parse_args()
+
+    from normlab.environment import entry_environment
+
+    if extra := entry_environment():  # read before XLA starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **extra})
+
+    from normlab.config import load_config
+
+    config = load_config(args.config, {"probe.layers": ("*",)})
+    step, look, between = contenders(config)
+    step(), look()  # compiled here
+    found: dict[Any, list[tuple[float, float]]] = {step: [], look: []}
+    for _ in range(args.rounds):
+        found[step].append(timed(lambda: [step() for _ in range(STEPS)]))
+        found[look].append(timed(look))
+    print(f"{args.config}: {between} steps between two looks")
+    for i, clock in enumerate(("processor", "wall")):
+        a = statistics.median(seconds[i] for seconds in found[step]) / STEPS
+        b = statistics.median(seconds[i] for seconds in found[look])
+        print(
+            f"{clock:9} {a * 1e3:7.1f} ms a step, {b * 1e3:7.1f} ms a look: "
+            f"{100 * b / (a * between):.2f}% of the steps' time"
+        )
+
+
+def timed(work: Any) -> tuple[float, float]:
+    """Returns processor and wall seconds."""
+    processor, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - processor, time.perf_counter() - wall
+
+
+def contenders(config: Any) -> tuple[Any, Any, int]:
+    """Returns a training step, a look at the layers, and the steps between two looks."""
+    import jax
+    import numpy as np
+
+    from normlab.data import training_batch
+    from normlab.training import parallel
+    from normlab.training.examples import Resident
+    from normlab.training.probe import block_paths, layer_metrics
+    from normlab.training.setup import build_parts
+    from normlab.training.state import create_state
+    from normlab.training.step import make_train_step
+
+    parts = build_parts(config, need_data=False)
+    config.probe.signals = bool(block_paths(parts.model, parts.info.image_shape))
+    compiler, mesh = parallel.Compiler(), parallel.make_mesh()
+    count, random = parts.info.num_train, np.random.default_rng(0)
+    images = random.integers(256, size=(count, *parts.info.image_shape), dtype=np.uint8)
+    labels = random.integers(parts.info.num_classes, size=count, dtype=np.int32)
+    feed = Resident(parallel.replicate((images, labels), mesh))
+    seed = parallel.seed_array(config.seed)
+    rows = np.arange(parts.length.batch_size, dtype=np.int32)[None]
+    state = parallel.replicate(create_state(parts, compiler), mesh)
+    train_step = make_train_step(parts.model, parts.direction, parts.schedule)
+
+    def dispatch(state: Any, data: Any, seed: Any, rows: Any) -> Any:
+        def make_batch(seed: Any, step: Any, indices: Any) -> Any:
+            return training_batch(data, config.data, parts.info, seed, step, indices)
+
+        return parallel.steps(train_step, make_batch, state, seed, rows, mesh)
+
+    def step() -> None:
+        nonlocal state
+        arguments = (state, feed.examples, seed, rows)
+        state = compiler("train", dispatch, *arguments, donate=(0,))(*arguments)
+        jax.block_until_ready(state)
+
+    def look() -> None:
+        where = (config, parts.model, parts.info, compiler, mesh)
+        layer_metrics(*where, state.variables(), int(state.step) - 1, feed)
+
+    return step, look, max(parts.length.steps(config.log, "every", "log") or 1, 1)
+
+
+if __name__ == "__main__":
+    main()
