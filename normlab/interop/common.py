@@ -109,9 +109,9 @@ Place = tuple[tuple[str, ...], tuple[int, ...]]
 """Path and shape of one of a model's variables: (collection, modules..., entry), (..., C)."""
 
 
-def model_places(model: nn.Module) -> list[Place]:
-    """Returns the places of the variables of a model of RGB images, computing nothing."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+def model_places(model: nn.Module, image_shape: tuple[int, int, int] = (32, 32, 3)) -> list[Place]:
+    """Returns the places of the variables of a model of such images, computing nothing."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     flat = traverse_util.flatten_dict(shapes)
     return [(path, value.shape) for path, value in flat.items()]

@@ -2,7 +2,7 @@
 
 The files (deepmind-research/nfnets, README: F0_haiku.npz and so on) are, despite their names,
 pickles by dill of {module name: {parameter name: array}}, F0's 71,489,284 numbers of float32 in
-285,976,842 bytes. `pickles.read_arrays` reads them without running them. Names are Haiku's: what
+285,976,842 bytes. They are read without being run (`data/pickles.py`). Names are Haiku's: what
 stands behind `/~/` was made in its parent's constructor, and a second `nf_block` is `nf_block_1`.
 
     NFNet/~/stem_conv0                        w, gain, bias     conv_stem1
@@ -22,15 +22,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from normlab.data import describe
+from normlab.data.pickles import load_arrays
 from normlab.errors import UserError, unknown
 from normlab.interop.common import Tree, check_fields, model_places, placed
-from normlab.interop.pickles import read_arrays
 from normlab.models import build
 
 KINDS = tuple(f"nfnet_f{number}" for number in range(7))
 """Models whose weights were published."""
+
+FLOATS = ("f2", "f4", "f8")
+"""Kinds of numbers that a file may have; the published ones are of f4, float32."""
 
 FIELDS = {
     "norm.kind": "none",
@@ -57,13 +62,28 @@ def load(path: Path, config: ConfigDict) -> Tree:
     variant than the config's model, and for a config with which the weights are another network.
     """
     check_model(config)
-    tree = read_arrays(Path(path))
+    tree = read(Path(path))
     there, here = variant_of(tree), config.model.kind
     if there != here and there in KINDS:
         raise UserError(
             f"{str(path)!r} holds {there!r}, and 'model.kind' of the config is {here!r}"
         )
     return variables(tree, config)
+
+
+def read(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Returns {module name: {parameter name: array}} of a file; raises UserError for another."""
+    try:
+        tree = load_arrays(path.read_bytes(), str(path), FLOATS)
+    except OSError as error:
+        raise UserError(f"file {str(path)!r} cannot be read: {error.strerror}") from error
+    for module, params in tree.items():
+        if not isinstance(module, str) or not isinstance(params, dict):
+            raise UserError(f"file {str(path)!r}: {module!r} is no module with its parameters")
+        for name, value in params.items():
+            if not isinstance(name, str) or not isinstance(value, np.ndarray):
+                raise UserError(f"file {str(path)!r}: {name!r} of {module!r} is no array")
+    return tree
 
 
 def check_model(config: ConfigDict) -> None:
@@ -85,8 +105,9 @@ def variables(tree: Mapping[str, Mapping[str, Any]], config: ConfigDict) -> Tree
     Raises UserError as `load` does, for entries that are missing, have another shape or no place.
     """
     check_model(config)
-    sizes = config.model.stage_sizes
-    places = {_name(path, sizes): (path, shape) for path, shape in model_places(build(config))}
+    sizes, image_shape = config.model.stage_sizes, describe(config.data).image_shape
+    listed = model_places(build(config), image_shape)
+    places = {_name(path, sizes): (path, shape) for path, shape in listed}
     entries = {
         f"{module} {name}": value for module, part in tree.items() for name, value in part.items()
     }

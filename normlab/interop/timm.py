@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from normlab.data import describe
 from normlab.errors import UserError, one_line, unknown
 from normlab.interop import pytorch, safetensors
 from normlab.interop.common import Place, Tree, check_fields, model_places, placed
@@ -116,7 +117,8 @@ def variables(state: Mapping[str, Any], config: ConfigDict) -> Tree:
         )
     in_convs = config.model.kind.startswith("nf_resnet")
     modules = _MODULES if in_convs else _MODULES | _SECOND_CONV
-    places = {_name(path, modules): (path, shape) for path, shape in model_places(build(config))}
+    listed = model_places(build(config), describe(config.data).image_shape)
+    places = {_name(path, modules): (path, shape) for path, shape in listed}
     gamma = RELEASED_GAINS[config.model.activation]
 
     def ours(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
