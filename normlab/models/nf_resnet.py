@@ -71,7 +71,7 @@ class PreActResNet56(PreActResNet20):
 
 
 class PreActResNet50(PreActResNet20):
-    """Pre-activation ResNet-50 for 224×224 images, with batch norm."""
+    """Pre-activation ResNet-50 for 224×224 images: 25,549,352 parameters with batch norm."""
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each stage
     width: int = 64  # channels of the first stage's 3×3 convolutions; doubled at each further one
@@ -80,7 +80,7 @@ class PreActResNet50(PreActResNet20):
 
 
 class NFResNet20(PreActResNet20):
-    """NF-ResNet-20 for 32×32 images."""
+    """NF-ResNet-20 for 32×32 images: 272,483 parameters."""
 
     alpha: float = 0.2  # weight of each residual branch
     beta: str = (
@@ -93,13 +93,13 @@ class NFResNet20(PreActResNet20):
 
 
 class NFResNet32(NFResNet20):
-    """NF-ResNet-32 for 32×32 images."""
+    """NF-ResNet-32 for 32×32 images: 466,921 parameters."""
 
     stage_sizes: tuple[int, ...] = (5, 5, 5)  # blocks in each stage
 
 
 class NFResNet56(NFResNet20):
-    """NF-ResNet-56 for 32×32 images."""
+    """NF-ResNet-56 for 32×32 images: 855,797 parameters."""
 
     stage_sizes: tuple[int, ...] = (9, 9, 9)  # blocks in each stage
 
@@ -133,12 +133,12 @@ class NFResNet152(NFResNet26):
 
 
 class NFResNet200(NFResNet26):
-    """NF-ResNet-200."""
+    """NF-ResNet-200: 64,673,898 parameters with 1,000 classes."""
 
     stage_sizes: tuple[int, ...] = (3, 24, 36, 3)  # blocks in each stage
 
 
 class NFResNet288(NFResNet26):
-    """NF-ResNet-288."""
+    """NF-ResNet-288: 146,460,552 parameters with 1,000 classes."""
 
     stage_sizes: tuple[int, ...] = (24, 24, 24, 24)  # blocks in each stage

@@ -1,4 +1,4 @@
-"""NFNets. Brock, De, Smith & Simonyan 2021, arXiv:2102.06171, sections 4 and 5, tables 1 and 6.
+"""NFNets. Brock, De, Smith & Simonyan 2021, arXiv:2102.06171.
 
 From deepmind-research/nfnets/nfnet.py: normalizer-free blocks (`preact.py`) of a 1×1 convolution,
 two grouped 3×3 ones of 128 channels a group, the first with the stride, and a 1×1; half as wide
@@ -13,12 +13,12 @@ before their 1×1 convolution. The stem is four 3×3 convolutions, the first and
     test, pixels            256  320  352  416  512  544  576  608
 
 F0 has 71,489,284 parameters with 1,000 classes, and each further variant 61,144,972 more. F7 is in
-the released code and not in the paper. The rate of stochastic depth, 0.25, is the recipe's
-(paper, section 5; the released class has 0.1). In the paper's ablation (table 3, its numbers being
-those of `second_conv` and of the widths) the baseline has `widths=(256,512,1024,2048)` and
-`second_conv=false`.
+the released code and not in the paper's table. The rate of stochastic depth, 0.25, is the recipe's
+(experiment_nfnets.py; the class has 0.1). The baseline of the paper's ablation has
+`widths=(256,512,1024,2048)` and `second_conv=false`; `widths=(384,768,2048,2048)` are the released
+code's F0+ to F7+.
 
-For DeepMind's published weights take `gain=released`; for timm's dm_nfnet_* the same.
+DeepMind's published weights, and timm's dm_nfnet_*, belong to `gain=released`.
 """
 
 from collections.abc import Callable, Mapping

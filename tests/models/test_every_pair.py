@@ -9,14 +9,31 @@ from normlab.models import CONVS, MODELS, build
 from normlab.norms import NORMS
 
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-LARGE = ("resnet18_cifar", "resnet18", "resnet50", "fixup_resnet20", "fixup_resnet50", "vgg11")
-DEEPER = (
-    *("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152"),
-    *("fixup_resnet32", "fixup_resnet56", "fixup_resnet110", "fixup_resnet101"),
-    *("vgg13", "vgg16", "vgg19"),
-)
+SHORTER = {
+    "vit_tiny": {"model.depth": 2},
+    "deep_mlp": {"model.depth": 2},
+    "preact_resnet20": {"model.stage_sizes": (1, 2)},
+    "nf_resnet20": {"model.stage_sizes": (1, 2)},
+    "nf_resnet26": {"model.stage_sizes": (1, 2)},
+    "nfnet_f0": {"model.stage_sizes": (1, 2)},
+    "nf_regnet_b0": {"model.stage_sizes": (1, 2)},
+    "wide_resnet": {"model.depth": 10},
+    "skipinit_resnet": {"model.depth": 10},
+    "fixup_resnet20": {"model.stage_sizes": (1, 2)},
+    "fixup_resnet50": {"model.stage_sizes": (1, 2)},
+}
+"""All blocks are alike, so a few are enough."""
+LARGE = ("resnet18_cifar", "resnet18", "resnet50", "vgg11", *tuple(SHORTER)[2:])
+DEEPER = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152")
 """The same blocks as another model has, more of them."""
+DEEPEST = tuple(
+    name
+    for name in MODELS
+    if name.startswith(("preact_", "nf_", "nfnet_", "fixup_", "vgg")) and name not in LARGE
+)
+"""Likewise, of models that a test of their parameters traces anyway."""
 FEW = ("none", "batch_norm", "group_norm", "evonorm_b0", "online_norm")
+SMALL = tuple(name for name in MODELS if name not in LARGE + DEEPER + DEEPEST)
 
 
 def pair(model, other, fast):
@@ -26,23 +43,23 @@ def pair(model, other, fast):
 
 PAIRS = [
     pair(model, norm, norm in {LARGE: FEW, DEEPER: ("none",)}.get(kind, NORMS))
-    for kind in (tuple(name for name in MODELS if name not in LARGE + DEEPER), LARGE, DEEPER)
+    for kind in (SMALL, LARGE, DEEPER)
     for model in kind
     for norm in NORMS
-]
+] + [pair(model, norm, False) for model in DEEPEST for norm in ("none", "batch_norm")]
 WEIGHTED = [
     pair(model, conv, model in ("mlp", "cnn"))
     for model in MODELS
     for conv in CONVS
-    if conv != "standard" and model not in DEEPER
+    if conv != "standard" and model not in DEEPER + DEEPEST
 ]
 
 
 def assert_traces(model, norm, conv="standard"):
     """A training step forward, with half of the batch masked, and evaluation."""
     data = "mnist" if model == "lenet5" else "cifar10"
-    fewer = {"model.depth": 2} if model in ("vit_tiny", "deep_mlp") else {}  # all blocks are alike
-    net = build(load_config(f"configs/{data}.py:model={model},norm={norm},conv={conv}", fewer))
+    source = f"configs/{data}.py:model={model},norm={norm},conv={conv}"
+    net = build(load_config(source, SHORTER.get(model, {})))
     images, mask = jnp.zeros((2, *SHAPES[data])), jnp.array([True, False])
 
     def run(key, images):

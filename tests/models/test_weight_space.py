@@ -50,6 +50,41 @@ def test_a_convolution_is_the_plain_one_of_its_weights(kind, size, strides, padd
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", CONVS)
+def test_a_grouped_convolution_is_a_convolution_of_each_part(kind):
+    method, x = CONVS[kind](), jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    settings = {"strides": 2, "padding": "SAME", "use_bias": True, "name": None}
+    layer = method.conv(6, 3, groups=2, **settings)
+    params = layer.init(jax.random.key(1), x)["params"]
+    assert params["kernel"].shape == (3, 3, 4, 6)
+    params["bias"] = jnp.arange(6.0)
+    part = method.conv(3, 3, **settings)
+    halves = [
+        part.apply({"params": {k: v[..., i : i + 3] for k, v in params.items()}}, inputs)
+        for i, inputs in ((0, x[..., :4]), (3, x[..., 4:]))
+    ]
+    found = layer.apply({"params": params}, x)
+    np.testing.assert_allclose(found, jnp.concatenate(halves, -1), atol=1e-5)
+    # Each output has the variance of its own fan-in, 4·9, and not of 8·9.
+    assert float(jnp.std(params["kernel"])) == pytest.approx(
+        (1 if kind == "scaled_weight_standardization" else 2**0.5) / 6, rel=0.2
+    )
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_same_padding_is_xlas(kind):
+    # At an even side and stride 2, XLA pads the end alone: the symmetric layer on an image moved
+    # by a pixel.
+    method, x = CONVS[kind](), jax.random.normal(jax.random.key(0), (1, 6, 6, 2))
+    same, symmetric = (
+        method.conv(3, 3, strides=2, padding=padding, name=None) for padding in ("SAME", None)
+    )
+    params = symmetric.init(jax.random.key(1), x)
+    moved = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]
+    inner = symmetric.apply(params, moved)[:, 1:, 1:]
+    np.testing.assert_allclose(same.apply(params, x)[:, 1:, 1:], inner, atol=1e-5)
+
+
 @EVERY
 def test_a_dense_layer_is_the_plain_one_of_its_weights(kind):
     method, x = CONVS[kind](), jax.random.normal(jax.random.key(0), (2, 7))
