@@ -20,10 +20,11 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-install-parity: $(VENV)/installed-parity  ## the same, with PyTorch, Keras and dm-haiku
+install-parity: $(VENV)/installed-parity  ## the same, with PyTorch, timm, Keras and dm-haiku
 
 $(VENV)/installed-parity: $(VENV)/installed-dev requirements-parity.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31  # no hub client
 	@touch $@
 
 demo: install                         ## compare six normalizers on digits, three settings, three seeds
@@ -38,7 +39,7 @@ test: install-dev                     ## the fast tests
 test-all: install-dev                 ## all tests; NORMLAB_DATA=DIR adds those on CIFAR-10 and MNIST
 	$(BIN)/python -m pytest -n auto
 
-parity: install-parity                ## agreement with PyTorch, Keras, flax.linen and dm-haiku
+parity: install-parity                ## agreement with PyTorch, timm, Keras, flax.linen and dm-haiku
 	$(BIN)/python -m pytest -m parity tests/parity -n auto
 
 lint: install-dev                     ## ruff and mypy

@@ -119,6 +119,8 @@ def _plain(default: Any, hint: Any) -> Any:
     if default is None:
         concrete = [kind for kind in kinds if kind in (int, float, bool, str, tuple)]
         return config_dict.placeholder(concrete[0] if concrete else str)
+    if types.NoneType in typing.get_args(hint):
+        return optional(kinds[0], default)
     if isinstance(default, (bool, int, float, str, tuple)):
         return default
     return getattr(default, "__name__", None) or getattr(default, "name", None) or str(default)

@@ -133,6 +133,15 @@ def test_text_becomes_the_fields_type(name, text, value):
     assert type(found) is type(value)
 
 
+def test_a_field_that_may_be_empty_can_be_emptied_whatever_its_default():
+    source = "configs/cifar10.py:model=nf_resnet20"
+    assert load_config(source).model.skip_gain == 0.0
+    config = load_config(source, {"model.skip_gain": "none"})
+    assert config.model.skip_gain is None
+    assert field_type(config.model, "skip_gain") == (float, True)
+    assert from_json(to_json(config)).model.skip_gain is None
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [

@@ -6,15 +6,12 @@ lie apart (as PreciseBN, Wu & Johnson 2021, arXiv:2105.07576). Moving averages l
 that move fast, and averaged weights (`train.ema_decay`) never had the averaged statistics.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from normlab import run
 from normlab.errors import UserError
-from normlab.training import checkpoint
+from normlab.training import snapshot
 from normlab.training.restore import Opened, open_run
 
 
@@ -34,8 +31,8 @@ def calibrate(
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches={num_batches} must be 1 or more")
-    if workdir is not None and workdir.exists():
-        raise UserError(f"workdir {str(workdir)!r} exists; choose a new folder")
+    if workdir is not None:
+        snapshot.check_new(workdir)
     there = open_run(folder, **settings)
     parts, made, data = there.parts, there.evaluator, there.data
     if not parts.norm.stateful:
@@ -63,26 +60,14 @@ def calibrate(
 def _write(
     workdir: Path, folder: Path, there: Opened, exact: dict[str, Any], metrics: dict[str, Any]
 ) -> None:
-    """Writes what `normlab eval` reads of a run: config, manifest and one checkpoint.
-
-    Without an identity.json: `normlab train` refuses the folder, and cannot train on from here
-    under the name of a run that never was calibrated.
-    """
+    """Writes what `normlab eval` reads of a run, with the statistics of the weights measured."""
     calibrated = there.state
     if there.use_ema:
         calibrated = calibrated.replace(ema=exact)
     else:
         calibrated = calibrated.replace(batch_stats=exact["batch_stats"])
-    manifest = run.read_json(folder / "manifest.json") or {}
-    facts = {"run": manifest.get("id"), "seed": there.parts.config.seed}
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise UserError(f"workdir {str(workdir)!r} cannot be written: {reason}") from error
-    checkpoint.save(workdir / "checkpoints", there.step, jax.device_get(calibrated), facts)
     config = dict(run.read_json(folder / "config.json") or {})
     config["eval"] = {**config["eval"], "use_ema": there.use_ema}  # the weights it is made for
-    run.write_json(workdir / "config.json", config)
     origin = {"of": str(folder.resolve()), **metrics}
-    run.write_json(workdir / "manifest.json", {**manifest, "calibrated": origin})
+    manifest = {**(run.read_json(folder / "manifest.json") or {}), "calibrated": origin}
+    snapshot.write(workdir, calibrated, config=config, manifest=manifest)

@@ -31,9 +31,10 @@ COMMANDS = {
     "probe": "probe",
     "bench": "bench",
     "data": "data",
+    "import": "imports",
     "list": "names",
 }
-"""Module of each command; the one of `list` would hide Python's own `list` in this package."""
+"""Module of each command; Python has a `list` and an `import` of its own."""
 
 _COMPUTING = (
     *("train", "compare", "sweep", "paper", "eval", "calibrate", "rerun"),

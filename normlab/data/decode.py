@@ -5,16 +5,14 @@ what it decodes. Nothing here touches the disk.
 """
 
 import hashlib
-import io
 import math
-import pickle
-import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from normlab.data.info import DatasetInfo
+from normlab.data.pickles import load_arrays
 from normlab.errors import UserError
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int32 [N]
@@ -98,7 +96,7 @@ def _decode_python(info: DatasetInfo, files: list[File], count: int) -> Arrays:
     shape = (count // len(files), math.prod(info.image_shape))
     pixels, labels = [], []
     for file in files:
-        batch = load_pickle(file)
+        batch = load_arrays(file.content, file.label, ("u1",))
         found = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in batch.items()}
         data, classes = found.get("data"), found.get(key)
         if not isinstance(data, np.ndarray) or data.shape != shape:
@@ -117,94 +115,6 @@ def _is_labels(found: Any, count: int, num_classes: int) -> bool:
     if not isinstance(found, list) or len(found) != count:
         return False
     return all(isinstance(label, int) and 0 <= label < num_classes for label in found)
-
-
-def load_pickle(file: File) -> dict[Any, Any]:
-    """Returns the dict in a pickle of uint8 arrays and plain containers.
-
-    Strings of Python 2 become bytes. Raises UserError for a pickle that is cut off or that wants
-    anything else, which is then not called.
-    """
-    try:
-        _check_memo(file.content)
-        batch = _SafeUnpickler(io.BytesIO(file.content), encoding="bytes").load()
-    except Exception as error:  # damaged or hostile bytes may raise anything
-        size = len(file.content)
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"file {file.label!r} ({size:,} bytes) is no pickle of arrays: {reason}"
-        ) from error
-    if not isinstance(batch, dict):
-        raise UserError(f"file {file.label!r} is a pickled {type(batch).__name__}, not a dict")
-    return _arrays_in(batch)
-
-
-def _check_memo(content: bytes) -> None:
-    """Raises UnpicklingError for a memo index past the number of opcodes before it.
-
-    Picklers count memo entries up. The unpickler clears a table of twice the index, whatever the
-    size of the file: gigabytes for nine bytes.
-    """
-    for ordinal, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > ordinal:
-            raise pickle.UnpicklingError(f"it has memo index {argument} at opcode {ordinal}")
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Puts stand-ins of ours in the place of all that a numpy array wants, and admits nothing else.
-
-    numpy's own constructors would take lengths and types from the file on trust.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        stand_in = _STAND_INS.get((module, name))
-        if stand_in is None:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}")
-        return stand_in
-
-
-class _PickledArray:
-    """What the file says of an array, until it is checked."""
-
-    array: np.ndarray | None = None
-
-    def __init__(self, *_: Any) -> None:
-        """Ignores the arguments of numpy's `_reconstruct`: the array's class and a first shape."""
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, column_major, content = state
-        if not isinstance(dtype, _PickledDtype) or dtype.code not in ("u1", b"u1"):
-            raise pickle.UnpicklingError("it has an array that is not uint8")
-        flat = np.frombuffer(content, np.uint8)
-        self.array = flat.reshape(shape, order="F" if column_major else "C")
-
-
-class _PickledDtype:
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignores byte order and alignment, of which uint8 has none."""
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, by which Python 3 writes bytes in an old protocol."""
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"it has text in encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-_STAND_INS = {
-    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-    ("numpy", "dtype"): _PickledDtype,
-    ("_codecs", "encode"): _encode,
-}
-
-
-def _arrays_in(batch: dict[Any, Any]) -> dict[Any, Any]:
-    return {k: v.array if isinstance(v, _PickledArray) else v for k, v in batch.items()}
 
 
 # idx: big-endian magic (0x08: uint8, then the number of axes), the axes' lengths, the bytes.

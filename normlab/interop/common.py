@@ -2,11 +2,17 @@
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from ml_collections import ConfigDict
 
+from normlab.config import flatten
 from normlab.errors import UserError, nearest, unknown
 from normlab.norms import NORMS
 
@@ -95,6 +101,62 @@ def check_shapes(kind: str, arrays: Arrays, what: str) -> None:
         if value.shape != expected:
             like = f", unlike {first!r}: {expected}" if expected else ", not ()"
             raise UserError(f"{what}: {name!r} has shape {value.shape}{like}")
+
+
+# Whole models ------------------------------------------------------------------------------------
+
+Place = tuple[tuple[str, ...], tuple[int, ...]]
+"""Path and shape of one of a model's variables: (collection, modules..., entry), (..., C)."""
+
+
+def model_places(model: nn.Module, image_shape: tuple[int, int, int] = (32, 32, 3)) -> list[Place]:
+    """Returns the places of the variables of a model of such images, computing nothing."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    flat = traverse_util.flatten_dict(shapes)
+    return [(path, value.shape) for path, value in flat.items()]
+
+
+def placed(
+    entries: Mapping[str, Any],
+    places: Mapping[str, Place],
+    ours: Callable[[tuple[str, ...], np.ndarray], np.ndarray],
+    theirs: Callable[[Place], tuple[int, ...]],
+    what: str,
+) -> Tree:
+    """Returns the variables of a model from a framework's entries (`places`: their name -> place).
+
+    `ours` lays the entry for a path out as ours is, and `theirs` gives the shape that a place's
+    entry has there. Raises UserError for an entry without a place, one that is missing, or one of
+    another shape.
+    """
+    for name in entries:
+        if name not in places:
+            raise unknown(f"entry of {what}:", name, places)
+    variables = {}
+    for name, (path, shape) in places.items():
+        if name not in entries:
+            raise UserError(f"{what} lacks {name!r}")
+        found, expected = np.shape(entries[name]), theirs((path, shape))
+        if found != expected:
+            raise UserError(f"{what}: {name!r} has shape {found}, not {expected}")
+        variables[path] = copied(ours(path, np.asarray(entries[name])))
+    return traverse_util.unflatten_dict(variables)
+
+
+def check_fields(config: ConfigDict, expected: Mapping[str, Any], what: str) -> None:
+    """Raises UserError for a field of a config that is not as weights of another package need it.
+
+    `expected`: the value of each field by its dotted name, or a tuple of values that will do.
+    """
+    fields = flatten(config)
+    for name, values in expected.items():
+        allowed = values if isinstance(values, tuple) else (values,)
+        if fields.get(name) not in allowed:
+            wanted = " or ".join(map(repr, allowed))
+            raise UserError(
+                f"config field {name!r} = {fields.get(name)!r} is not that of {what}: {wanted}"
+            )
 
 
 # Settings ----------------------------------------------------------------------------------------

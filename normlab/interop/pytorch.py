@@ -16,11 +16,10 @@ out channels first. Conventions:
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -29,11 +28,14 @@ from normlab.errors import UserError, unknown
 from normlab.interop.common import (
     REQUIRED,
     Arrays,
+    Place,
     Tree,
     check_kind,
     copied,
     entries_of,
     fields_of,
+    model_places,
+    placed,
     renamed,
     settings,
     variables_of,
@@ -240,22 +242,20 @@ def resnet_variables(state: Mapping[str, Any], model: nn.Module) -> Tree:
     not set here: torchvision's BatchNorm is `momentum=0.9, running_variance="unbiased"`. Raises
     UserError for an entry that is missing, has another shape, or has no place in the model.
     """
-    variables = {}
-    places = {_resnet_name(path): (path, shape) for path, shape in _resnet_shapes(model)}
-    for name in state:
-        if name not in places and not name.endswith(f".{_COUNTER}"):
-            raise unknown("entry of PyTorch's ResNet:", name, places)
-    for name, (path, shape) in places.items():
-        if name not in state:
-            raise UserError(f"PyTorch's ResNet lacks {name!r}")
-        value = np.asarray(state[name])
-        value = _to_kernel(value) if path[-1] == "kernel" and value.ndim > 1 else value
-        if value.shape != shape:
-            expected = _to_weight(np.empty(shape)).shape if path[-1] == "kernel" else shape
-            found = np.shape(state[name])
-            raise UserError(f"PyTorch's ResNet: {name!r} has shape {found}, not {expected}")
-        variables[path] = copied(value)
-    return traverse_util.unflatten_dict(variables)
+    places = {_resnet_name(path): (path, shape) for path, shape in model_places(model)}
+    entries = {name: value for name, value in state.items() if not name.endswith(f".{_COUNTER}")}
+    return placed(entries, places, laid_out, shape_there, "PyTorch's ResNet")
+
+
+def laid_out(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    """Returns an entry of a state as the variable at a path is laid out."""
+    return _to_kernel(value) if path[-1] == "kernel" else value
+
+
+def shape_there(place: Place) -> tuple[int, ...]:
+    """Returns the shape that the entry for one of our variables has in a state."""
+    path, shape = place
+    return (*shape[:-3:-1], *shape[:-2]) if path[-1] == "kernel" else shape
 
 
 def resnet_state(
@@ -263,7 +263,7 @@ def resnet_state(
 ) -> Arrays:
     """Returns torchvision's state from the variables of our ResNet; see `resnet_variables`."""
     flat = traverse_util.flatten_dict(dict(variables))
-    shapes = dict(_resnet_shapes(model))
+    shapes = dict(model_places(model))
     for path in flat:
         if path not in shapes:
             raise unknown("entry of our ResNet:", "/".join(path), ["/".join(p) for p in shapes])
@@ -280,14 +280,6 @@ def resnet_state(
             layer = name.removesuffix(".running_var")
             state[f"{layer}.{_COUNTER}"] = np.array(num_batches_tracked)
     return state
-
-
-def _resnet_shapes(model: nn.Module) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Yields path and shape of each variable of a model of RGB images, computing nothing."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    for path, value in traverse_util.flatten_dict(shapes).items():
-        yield path, value.shape
 
 
 _STEM = {"conv_stem": "conv1", "norm_stem": "bn1", "head": "fc"}

@@ -29,7 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": relu,
     "sigmoid": nn.sigmoid,
     "tanh": nn.tanh,
-    "gelu": nn.gelu,
+    "gelu": nn.gelu,  # the tanh form, as JAX and DeepMind's nets have it
+    "gelu_erf": functools.partial(nn.gelu, approximate=False),  # as PyTorch and timm's nets
     "silu": nn.silu,
     "elu": nn.elu,
     "leaky_relu": nn.leaky_relu,
@@ -41,6 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 RELEASED_GAINS = {
     "relu": 1.7139588594436646,
     "gelu": 1.7015043497085571,
+    "gelu_erf": 1.7015043497085571,  # timm's: the tanh form's
     "silu": 1.7881293296813965,
     "tanh": 1.5939117670059204,
     "sigmoid": 4.803835391998291,

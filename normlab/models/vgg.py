@@ -33,7 +33,7 @@ GROUP_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG11(nn.Module):
-    """VGG-11 (A): 9,225,610 parameters on CIFAR-10, 132,863,336 with `hidden_width=4096`."""
+    """VGG-11 (A): 9,225,610 parameters for CIFAR-10, 132,863,336 as published (4096 hidden)."""
 
     num_classes: int
     norm: NormFactory
@@ -78,18 +78,18 @@ class VGG11(nn.Module):
 
 
 class VGG13(VGG11):
-    """VGG-13 (B): 9,410,122 parameters on CIFAR-10, 133,047,848 with `hidden_width=4096`."""
+    """VGG-13 (B): 9,410,122 parameters for CIFAR-10, 133,047,848 as published (4096 hidden)."""
 
     group_sizes = (2, 2, 2, 2, 2)
 
 
 class VGG16(VGG11):
-    """VGG-16 (D): 14,719,818 parameters on CIFAR-10, 138,357,544 with `hidden_width=4096`."""
+    """VGG-16 (D): 14,719,818 parameters for CIFAR-10, 138,357,544 as published (4096 hidden)."""
 
     group_sizes = (2, 2, 3, 3, 3)
 
 
 class VGG19(VGG11):
-    """VGG-19 (E): 20,029,514 parameters on CIFAR-10, 143,667,240 with `hidden_width=4096`."""
+    """VGG-19 (E): 20,029,514 parameters for CIFAR-10, 143,667,240 as published (4096 hidden)."""
 
     group_sizes = (2, 2, 4, 4, 4)

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from official import INFOS, python2_pickle
 
-from normlab.data.decode import CIFAR_PYTHON, File, load_pickle
+from normlab.data.decode import CIFAR_PYTHON, File
+from normlab.data.pickles import load_arrays
 from normlab.errors import UserError
 
+KINDS = ("u1",)
 PIXELS = np.arange(48, dtype=np.uint8).reshape(2, 24)
 
 
 def refusal(content: bytes) -> str:
     with pytest.raises(UserError) as caught:
-        load_pickle(File("data_batch_1", content))
+        load_arrays(content, "data_batch_1", KINDS)
     message = str(caught.value)
     assert message.startswith("file 'data_batch_1' ")
     assert "\n" not in message
@@ -24,7 +26,7 @@ def refusal(content: bytes) -> str:
 
 
 def test_a_pickle_of_python_2_is_read() -> None:
-    batch = load_pickle(File("f", python2_pickle({"data": PIXELS, "labels": [3, 4]})))
+    batch = load_arrays(python2_pickle({"data": PIXELS, "labels": [3, 4]}), "f", KINDS)
     np.testing.assert_array_equal(batch[b"data"], PIXELS)
     assert batch[b"labels"] == [3, 4]
 
@@ -34,11 +36,11 @@ def test_the_python_2_pickle_of_these_tests_is_one_that_numpy_reads() -> None:
     np.testing.assert_array_equal(loaded["data"], PIXELS)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_a_pickle_of_python_3_is_read(protocol: int, order: str) -> None:
     data = np.asarray(PIXELS, order=order)  # type: ignore[call-overload]
-    batch = load_pickle(File("f", pickle.dumps({"data": data, "labels": [3, 4]}, protocol)))
+    batch = load_arrays(pickle.dumps({"data": data, "labels": [3, 4]}, protocol), "f", KINDS)
     np.testing.assert_array_equal(batch["data"], PIXELS)
 
 

@@ -48,7 +48,6 @@ def mean_squares(variables, net, x):
         ("lecun", "relu", 0.5),
         ("lecun", "identity", 1.0),
         ("he", "identity", 2.0),
-        ("orthogonal", "identity", 1.0),
     ],
 )
 def test_a_signal_grows_by_a_factor_per_layer(weights, activation, factor):

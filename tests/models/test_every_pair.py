@@ -19,20 +19,17 @@ SHORTER = {
     "nf_regnet_b0": {"model.stage_sizes": (1, 2)},
     "wide_resnet": {"model.depth": 10},
     "skipinit_resnet": {"model.depth": 10},
+    "fixup_resnet20": {"model.stage_sizes": (1, 2)},
+    "fixup_resnet50": {"model.stage_sizes": (1, 2)},
 }
 """All blocks are alike, so a few are enough."""
-LARGE = (
-    *("resnet18_cifar", "resnet18", "resnet50", "fixup_resnet20", "fixup_resnet50", "vgg11"),
-    *tuple(SHORTER)[2:],
-)
-DEEPER = (
-    *("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152"),
-    *("fixup_resnet32", "fixup_resnet56", "fixup_resnet110", "fixup_resnet101"),
-    *("vgg13", "vgg16", "vgg19"),
-)
+LARGE = ("resnet18_cifar", "resnet18", "resnet50", "vgg11", *tuple(SHORTER)[2:])
+DEEPER = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152")
 """The same blocks as another model has, more of them."""
 DEEPEST = tuple(
-    name for name in MODELS if name.startswith(("preact_", "nf_", "nfnet_")) and name not in SHORTER
+    name
+    for name in MODELS
+    if name.startswith(("preact_", "nf_", "nfnet_", "fixup_", "vgg")) and name not in LARGE
 )
 """Likewise, of models that a test of their parameters traces anyway."""
 FEW = ("none", "batch_norm", "group_norm", "evonorm_b0", "online_norm")

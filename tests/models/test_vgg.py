@@ -111,9 +111,9 @@ def test_numbers_out_of_range_are_refused_in_one_line(field, value):
 
 
 @pytest.mark.slow
-def test_vgg11_with_batch_norm_learns_digits(tmp_path):
+def test_vgg11_with_group_norm_learns_digits(tmp_path):
     import normlab
 
     fields = {"train.num_steps": 30, "train.batch_size": 32, "optim.base_lr": 0.05}
-    config = load_config("configs/digits.py:model=vgg11,norm=batch_norm", fields)
+    config = load_config("configs/digits.py:model=vgg11,norm=group_norm", fields)
     assert normlab.train(config, tmp_path)["test_accuracy"] > 0.5
