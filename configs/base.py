@@ -94,7 +94,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.probe.layer = optional(str)  # normalizer whose output is recorded at each evaluation
     config.probe.unit = 0  # its unit (channel), from 0
     config.probe.percentiles = (15.0, 50.0, 85.0)  # of that unit, and of the values of the layers
-    config.probe.layers = ()  # patterns of normalizers watched at each log event, e.g. stage1_*
+    config.probe.layers = ()  # patterns of normalizers watched at start and each log, as stage1_*
     config.probe.signals = False  # log the signals of each residual block there, too
 
     config.log = ConfigDict()

@@ -120,6 +120,8 @@ class _Run:
         """Trains to the end and returns the result, which stands in result.json then."""
         opened = open_sinks(self.parts.config, self.folder, self.facts["run"], self.step)
         with Signals() as signals, opened as self.send:
+            if self.step == 0 and (watched := self._watch()):
+                self._log({"step": 0, "split": "layers", **watched})
             while self.step < self.parts.length.num_steps and not self._diverged():
                 due = self._next_events()
                 event = min(due.values())
@@ -240,7 +242,10 @@ class _Run:
         self.state = self.state.replace(totals=zeros)
 
     def _watch(self) -> dict[str, float]:
-        """Returns what `probe.layers` and `probe.signals` ask for, of the last step's batch."""
+        """Returns what `probe.layers` and `probe.signals` ask for, of the last step's batch.
+
+        At the start, of the first step's.
+        """
         parts = self.parts
         if not (parts.config.probe.layers or parts.config.probe.signals):
             return {}
@@ -251,7 +256,7 @@ class _Run:
             self.compiler,
             self.mesh,
             self.state.variables(),
-            self.step - 1,
+            max(self.step - 1, 0),
             self.data.train,
         )
 

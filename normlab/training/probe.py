@@ -6,8 +6,9 @@ figure 1 (b, c). Measured as the network would be used, with running statistics;
 say on which images its percentiles are. Of a normalizer that takes the activation's place (EvoNorm,
 filter response and proxy normalization) they are behind the activation.
 
-Whole layers, at each log event (`probe.layers`, `probe.signals`): the batch of the last step goes
-forward once more, at the weights behind that step and normalized by its own statistics.
+Whole layers, at the start and at each log event (`probe.layers`, `probe.signals`): the batch of the
+last step, at the start of the first, goes forward once more, at the weights behind that step and
+normalized by its own statistics.
 """
 
 from collections.abc import Collection, Mapping

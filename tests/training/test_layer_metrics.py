@@ -119,11 +119,14 @@ def test_a_run_logs_them_at_each_log_event_and_trains_the_same(tmp_path):
     assert train(small("batch_renorm"), plain)["test_loss"] == result["test_loss"]
     by_step = {line["step"]: line for line in lines(watched) if line["split"] == "layers"}
     measures = {line["step"]: line for line in lines(plain) if line["split"] == "layers"}
+    start = by_step.pop(0)  # before the first step; measured by the step itself is nothing yet
     assert list(by_step) == list(measures) == [5, 10, 12]
     new = {f"norm2/{name}" for name in ("mean_gap", "variance_gap", "p15", "p50", "p85")}
     for step, line in by_step.items():
         assert line.keys() - measures[step].keys() == new
         assert all(line[name] == value for name, value in measures[step].items())
+    assert start.keys() - {"step", "split"} == new
+    assert start["norm2/variance_gap"] != by_step[5]["norm2/variance_gap"]
     # The last line is of the final weights and the batch of the last step.
     parts, step, state = restore(watched, None, parallel.Compiler())
     _, _, _, found = metrics_of(parts.config, state.variables(), step - 1)
