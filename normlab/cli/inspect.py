@@ -157,7 +157,7 @@ def field_meanings(config: Any) -> dict[str, str]:
         for cls in reversed(registry[config[section].kind].__mro__):
             if cls.__module__.startswith("normlab."):
                 fields = meanings(inspect.getsource(cls))
-                found = {f"{section}.{name}": text for name, text in fields.items()} | found
+                found |= {f"{section}.{name}": text for name, text in fields.items()}
     for name in flatten(config):
         stem, _, unit = name.rpartition("_")
         if unit in UNITS and name not in found:

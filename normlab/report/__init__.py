@@ -76,6 +76,9 @@ def show(sweep: Sweep, stream: TextIO) -> None:
         drawing.say(f"Claim: {sweep.claim.text}", stream)
     drawing.show(tables.headline(sweep), stream)
     drawing.say(notes.headline(sweep), stream)
+    for quantity in sweep.claim.quantities if sweep.claim else ():
+        drawing.show(tables.quantity_table(quantity, sweep), stream)
+        drawing.say(notes.quantity(quantity.name, sweep), stream)
     claim = [] if sweep.claim is None else [*sweep.claim.sentences, notes.verdict(sweep)]
     for sentence in [
         *notes.footnotes(sweep),

@@ -1,6 +1,8 @@
 """`normlab inspect --against`: two configs side by side, both of which must be sound."""
 
 from normlab.cli import main
+from normlab.cli.inspect import field_meanings
+from normlab.config import load_config
 
 DIGITS = "configs/digits.py"
 
@@ -24,3 +26,10 @@ def test_either_config_is_refused_as_inspect_alone_would(capsys, tmp_path):
         )
     assert main(["inspect", f"--config={DIGITS}", f"--against={wrong}"]) == 2
     assert "'seed' = -1 must be" in capsys.readouterr().err
+
+
+def test_a_subclass_says_what_its_own_field_means():
+    meaning = field_meanings(load_config("configs/digits.py:model=nf_resnet20"))
+    assert meaning["model.skip_gain"] == "start of a learned scalar on each branch"
+    base = field_meanings(load_config("configs/digits.py:model=preact_resnet20"))
+    assert base["model.skip_gain"] == "start of a learned scalar on each branch; none: no scalar"
