@@ -11,6 +11,9 @@ a module's name); `arguments` the keywords of the framework's constructor, where
 that framework's default; `shape` (..., C) an example's. No framework is imported here but flax,
 which is ours too, and no array of one is shared with the other. Each module says what cannot be
 carried over. What does not fit is a UserError, one line, that names the entry.
+
+Whole models: `pytorch.resnet_variables` and back for torchvision's ResNets, and to be imported by
+name, since they need the models, `deepmind_nfnets` and `timm` for published normalizer-free nets.
 """
 
 from normlab.interop import haiku, keras, linen, pytorch

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import jax
 import numpy as np
@@ -210,6 +211,15 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, content, expected):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert expected in refusal(safetensors.read, path)
+
+
+def test_without_pytorch_its_files_are_refused_and_safetensors_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
+    said = refusal(timm.read, tmp_path / "model.pth")
+    assert "needs PyTorch, which is not installed" in said
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(packed({"w": np.ones(2, "f4")}))
+    assert timm.read(path).keys() == {"w"}
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):

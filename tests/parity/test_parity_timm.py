@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ sys.modules.setdefault(
 theirs = pytest.importorskip("timm", reason="parity: timm is not installed")
 
 from normlab.config import load_config  # noqa: E402
+from normlab.errors import UserError  # noqa: E402
 from normlab.interop import timm  # noqa: E402
 from normlab.models import build  # noqa: E402
 
@@ -82,6 +84,31 @@ def test_logits_agree(name, kind, fields, side):
 def test_the_two_forms_of_gelu_are_not_the_same_net():
     found, expected = both("dm_nfnet_f0", "nfnet_f0", {**NFNET, "model.activation": "gelu"}, 64)
     assert distance(found, expected) == pytest.approx(4e-4, rel=0.5)
+
+
+class Call:
+    """Pickled as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def test_a_file_by_torch_is_read_and_a_hostile_one_is_refused(tmp_path):
+    path, trace = tmp_path / "model.pth", tmp_path / "trace"
+    state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(state, path)
+    found = timm.read(path)
+    np.testing.assert_array_equal(found["w"], state["w"].numpy())
+    assert found["half"].dtype == np.float32
+    for content in ({"w": Call(Path.touch, trace)}, {"epoch": 3}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="is no state of a PyTorch model") as error:
+            timm.read(path)
+        assert "\n" not in str(error.value)
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize(
