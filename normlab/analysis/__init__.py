@@ -7,9 +7,11 @@ _FUNCTIONS = {
     "fold": "normlab.analysis.folding",
     "without_norm": "normlab.analysis.folding",
     "calibrate": "normlab.analysis.calibration",
+    "measure_signals": "normlab.analysis.signals",
+    "measure_gradients": "normlab.analysis.gradients",
 }
 
-__all__ = ["calibrate", "fold", "without_norm"]
+__all__ = ["calibrate", "fold", "measure_gradients", "measure_signals", "without_norm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -78,9 +78,15 @@ def measure_gradients(
         rows.append([float(square) for square in jax.device_get(found)])
     growths = [_growths(row) for row in rows]
     expected = predicted_growth(subject) if batch_statistics and chosen == "layers" else None
-    predicted, summary = {}, {"growth of the squared norm a place": _geometric_mean(rows)}
+    summary = {"growth of the squared norm a place": _geometric_mean(rows)}
+    predicted: dict[str, list[float | None]] = {}
     if expected is not None:
-        predicted = {"growth": [expected[0]] * (len(names) - 1) + [None]}
+        factor, to_go = expected[0], range(len(names) - 1, -1, -1)
+        last = math.fsum(row[-1] for row in rows) / len(rows)
+        predicted = {
+            "squared_gradient_norm": [last * factor**k for k in to_go],
+            "growth": [factor if k else None for k in to_go],
+        }
         summary[f"predicted, {expected[1]}"] = expected[0]
     return Profile(
         probe="gradients",
@@ -100,6 +106,7 @@ def measure_gradients(
         },
         predicted=predicted,
         drawn=("squared_gradient_norm",),
+        xlabel=f"{chosen.removesuffix('s')}, from the input on",
         ylabel="squared norm of the gradient",
         summary=summary,
     )

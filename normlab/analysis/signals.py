@@ -74,6 +74,7 @@ def measure_signals(
         },
         predicted=_columns(expected),
         drawn=tuple(name for name in columns[:width] if name != "branch_mean_squared"),
+        xlabel=f"{chosen.removesuffix('s')}, from the input on",
         ylabel="mean over channels",
     )
 

@@ -35,6 +35,7 @@ class Profile:
     values: Mapping[str, Sequence[Sequence[float | None]]]  # column -> seed -> place
     predicted: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # by place
     drawn: tuple[str, ...] = ()  # columns of the figure
+    xlabel: str = ""
     ylabel: str = ""
     summary: Mapping[str, float | str | None] = field(default_factory=dict)  # of the whole
 
@@ -78,7 +79,9 @@ def json_text(profile: Profile) -> str:
             name: [[_clean(value) for value in seed] for seed in seeds]
             for name, seeds in profile.values.items()
         },
-        "predicted": {name: list(values) for name, values in profile.predicted.items()},
+        "predicted": {
+            name: [_clean(value) for value in values] for name, values in profile.predicted.items()
+        },
     }
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -92,7 +95,7 @@ def csv_text(profile: Profile) -> str:
     for i, seed in enumerate(profile.seeds):
         for j, place in enumerate(profile.places):
             numbers = [_clean(seeds[i][j]) for seeds in profile.values.values()]
-            numbers += [values[j] for values in profile.predicted.values()]
+            numbers += [_clean(values[j]) for values in profile.predicted.values()]
             writer.writerow([seed, place, *numbers])
     return stream.getvalue()
 
@@ -112,19 +115,22 @@ def panel(profile: Profile) -> Panel:
         if name in profile.predicted:
             dots = look | {"linestyle": "none", "marker": "x", "markersize": 6.5}
             looks[f"predicted {label}"] = dots
-            lines.append((list(profile.predicted[name]), dots))
+            lines.append(([_clean(value) for value in profile.predicted[name]], dots))
     return Panel(
         name=profile.probe,
         title=profile.title,
-        draw=partial(_draw, lines=lines, ylabel=profile.ylabel),
+        draw=partial(_draw, lines=lines, xlabel=profile.xlabel, ylabel=profile.ylabel),
         legend=looks,
     )
 
 
 def _draw(
-    axes: "Axes", lines: Sequence[tuple[list[float | None], dict[str, Any]]], ylabel: str
+    axes: "Axes",
+    lines: Sequence[tuple[list[float | None], dict[str, Any]]],
+    xlabel: str,
+    ylabel: str,
 ) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     for values, look in lines:
         points = [(i, value) for i, value in enumerate(values, 1) if value is not None]
@@ -135,11 +141,22 @@ def _draw(
     if positive and max(positive) / min(positive) >= _SPREAD_OF_LOG_SCALE:
         if min(shown) > 0 or max(positive) / min(positive) > 1e4:
             axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_locator(LogLocator(numticks=8))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.set_xlabel("place, from the input on")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _power(value: float) -> str:
+    """Returns a power of ten; matplotlib's own would be mathematical text, which is off."""
+    return f"10{str(round(math.log10(value))).translate(_SUPERSCRIPTS)}"
 
 
 def write(profile: Profile, folder: Path) -> list[Path]:

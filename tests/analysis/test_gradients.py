@@ -75,6 +75,13 @@ def test_gradients_grow_with_batch_norm_as_theory_has_it(activation, batch_size,
     [expected] = (value for name, value in profile.summary.items() if "predicted" in name)
     assert growth(profile) == pytest.approx(expected, rel=rel)
     assert profile.predicted["growth"] == [expected] * 7 + [None]
+    # From the last layer's measured square on.
+    squares, line = (
+        profile.mean("squared_gradient_norm"),
+        profile.predicted["squared_gradient_norm"],
+    )
+    assert line[-1] == squares[-1]
+    assert line[-3] == pytest.approx(squares[-1] * expected**2)
 
 
 @pytest.mark.slow

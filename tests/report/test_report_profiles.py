@@ -71,6 +71,14 @@ def mkdir(path):
     return True
 
 
+def test_a_log_scale_names_powers_of_ten_in_plain_text(tmp_path):
+    values = {"variance": [[1e-3, 1e5]]}
+    found = profile(seeds=(0,), values=values, predicted={}, drawn=("variance",))
+    svg = profiles.write(found, tmp_path)[2].read_text()
+    assert "10⁻" in svg
+    assert "mathdefault" not in svg
+
+
 @pytest.mark.parametrize(("largest", "scale"), [(30.0, "linear"), (300.0, "log")])
 def test_what_spans_decades_is_drawn_on_a_log_scale(largest, scale):
     from matplotlib.figure import Figure
