@@ -32,6 +32,8 @@ def smaller(words):
         return [*words, "--seeds=2", "--config.train.num_steps=10"]
     if words[1] not in ("train", "compare"):
         return words
+    if any("model=nf_resnet20" in word for word in words):
+        return [*words, "--config.model.stage_sizes=(1,)", "--config.model.width=4", SMALLER[2]]
     kept = [word for word in words if "num_epochs" not in word]
     kept = [word.replace("cifar10.py", "cifar10.py:model=cnn") for word in kept]
     return [*kept, *SMALLER]
