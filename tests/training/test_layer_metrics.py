@@ -133,6 +133,23 @@ def test_a_run_logs_them_at_each_log_event_and_trains_the_same(tmp_path):
     assert {name: by_step[12][name] for name in found} == pytest.approx(found, rel=1e-4)
 
 
+def test_a_run_cut_off_before_the_line_of_its_layers_writes_the_same_one(tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(step, _total, line):
+        if line and (step, line["split"]) == (10, "train"):
+            raise Cut
+
+    config = small(probe__layers=("*",))
+    train(config, tmp_path / "whole")
+    with pytest.raises(Cut):
+        train(config, tmp_path / "cut", progress=cut)
+    train(config, tmp_path / "cut")
+    whole, again = (tmp_path / name / "metrics.jsonl" for name in ("whole", "cut"))
+    assert whole.read_bytes() == again.read_bytes()
+
+
 def test_what_is_watched_is_no_part_of_a_runs_identity():
     config = small()
     assert id_of(small(probe__layers=("*",))) == id_of(config)
