@@ -20,7 +20,7 @@ from normlab.report.tables import NOTHING, Cell, Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SPREAD_OF_LOG_SCALE = 50.0  # largest over smallest value from which a figure's scale is a log one
+_SPREAD_OF_LOG_SCALE = 50.0  # of the highest line, largest over smallest value, from which on
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ def _draw(
         points = [(i, value) for i, value in enumerate(values, 1) if value is not None]
         if points:
             axes.plot(*zip(*points, strict=True), **look)
-    shown = [value for values, _ in lines for value in values if value is not None]
-    positive = [value for value in shown if value > 0]
-    if positive and max(positive) / min(positive) >= _SPREAD_OF_LOG_SCALE:
-        if min(shown) > 0 or max(positive) / min(positive) > 1e4:
-            axes.set_yscale("log", nonpositive="mask")
-            axes.yaxis.set_major_locator(LogLocator(numticks=8))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+    positive = [[v for v in values if v is not None and v > 0] for values, _ in lines]
+    # The highest line decides: what is near zero beside it may well lie on the axis.
+    highest = max(filter(None, positive), key=max, default=[1.0])
+    if max(highest) / min(highest) >= _SPREAD_OF_LOG_SCALE:
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -9,7 +9,6 @@ from normlab.analysis.predictions import predicted_growth, predicted_signals
 from normlab.analysis.signals import measure_signals
 from normlab.analysis.subject import fresh
 from normlab.config import load_config
-from normlab.models import MODELS
 from normlab.models.activations import relu
 from normlab.training.probe import block_paths
 
@@ -41,12 +40,6 @@ def signals_of(choices, **fields):
     return predicted_signals(subject, blocks)
 
 
-preactivation = pytest.mark.skipif(
-    "preact_resnet20" not in MODELS, reason="needs the pre-activation networks"
-)
-
-
-@preactivation
 def test_signals_of_pre_activation_networks_by_hand():
     # Behind the stem 2; 1 a block; the transition has its shortcut's 1 and its branch's 1.
     moments = [sum(block.stream) for block in signals_of("model=preact_resnet20")]
@@ -57,7 +50,6 @@ def test_signals_of_pre_activation_networks_by_hand():
     assert [block.stream.variance for block in free] == [1.25, 1.5, 1.25, 1.5]
 
 
-@preactivation
 @pytest.mark.parametrize(
     ("choices", "fields"),
     [

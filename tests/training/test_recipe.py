@@ -129,7 +129,9 @@ def recipe(model, **fields):
     return load_config(f"configs/nfnet_imagenet.py:model={model}", names)
 
 
-@pytest.mark.parametrize(("model", "side", "magnitude"), [("resnet50", 224, 10), ("nfnet_f0", 192, 5)])
+@pytest.mark.parametrize(
+    ("model", "side", "magnitude"), [("resnet50", 224, 10), ("nfnet_f0", 192, 5)]
+)
 def test_the_config_is_the_papers(model, side, magnitude):
     config = recipe(model)
     assert (config.optim.momentum, config.optim.nesterov) == (0.9, True)
