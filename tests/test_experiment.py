@@ -85,7 +85,13 @@ def test_every_scale_of_every_experiment_makes_a_plan(name, monkeypatch):
         json.dumps(experiment.facts(name, scale_name))
 
 
-@pytest.mark.parametrize("name", names())
+LIGHT = ("batch_norm_mnist", "normalizer_comparison")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in LIGHT else pytest.mark.slow) for name in names()],
+)
 def test_every_experiment_runs_at_smoke_scale(name, tmp_path, capsys):
     """Of a few steps: its runs end, its verdict is given, its page is written."""
     command = ["sweep", name, "--seeds=2", f"--workdir={tmp_path / 'sweep'}"]
