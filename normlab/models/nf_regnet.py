@@ -13,7 +13,8 @@ shortcuts average before their 1×1 convolution, and each of the four stages has
 
 The released widths are multiplied by a factor of 0.75; here they stand as products. The head starts
 at zero. The released class asks for the activation `swish`, which its own table does not have; silu
-is meant (experiment_nf_regnets.py names it so).
+is meant (experiment_nf_regnets.py names it so). With `conv=weight_norm` give `head_deviation` a
+value: weights of zero have no direction, and their gradient is zero.
 """
 
 from collections.abc import Callable, Mapping
