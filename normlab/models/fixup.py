@@ -17,8 +17,9 @@ average pooling with a stride) with zero channels behind, on ImageNet a 1×1 con
 Departures: He's deviation is that of the fan-in, as in this package's other nets (theirs: fan-out;
 they differ in convolutions that change the number of channels alone), and for the stem too
 (theirs: PyTorch's default). Scalars have the shape [] and not [1]. The rules are about plain
-kernels: where `config.conv` normalizes weights, a factor on their start does nothing. A normalizer,
-if one is chosen, stands behind each convolution.
+kernels: where `config.conv` normalizes weights, a factor on their start does nothing, and weight
+norm's zeros, which have no direction, never move. A normalizer, if one is chosen, stands behind
+each convolution.
 """
 
 import math

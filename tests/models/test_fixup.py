@@ -19,6 +19,10 @@ def model_of(model="fixup_resnet20", data="cifar10", **fields):
     return build(load_config(source, {f"model.{name}": value for name, value in fields.items()}))
 
 
+def initial(net, x, seed=1):
+    return jax.jit(lambda x: net.init(jax.random.key(seed), x, train=False))(x)
+
+
 def shapes(net, image_shape):
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     return jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), images)
@@ -63,14 +67,15 @@ def test_a_net_has_no_normalizer_and_no_state_unless_one_is_chosen():
 
 
 def signals(net, variables, x):
-    _, seen = net.apply(variables, x, train=True, mutable=[SIGNALS])
+    apply = jax.jit(lambda v: net.apply(v, x, train=True, mutable=[SIGNALS]))
+    _, seen = apply(variables)
     return {name: part["stream"][0] for name, part in seen[SIGNALS].items()}
 
 
 def test_each_block_starts_as_the_identity_on_the_stream():
     net = model_of(stage_sizes=(2, 2, 2))
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    variables = net.init(jax.random.key(1), x, train=False)
+    variables = initial(net, x)
     streams = signals(net, variables, x)
     before = streams.pop("stage1_block1")
     assert np.all(np.asarray(before) >= 0)
@@ -97,7 +102,7 @@ def test_a_block_is_the_papers_formula():
     """With scalars that are all different, by `lax` alone."""
     block = block_of(project=True)
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
-    params = block.init(jax.random.key(1), x, train=False)["params"]
+    params = initial(block, x)["params"]
     keys = iter(jax.random.split(jax.random.key(2), 20))
     p = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape) * 0.3, params)
 
@@ -130,8 +135,8 @@ def test_the_scalars_are_those_of_the_paper_and_start_at_0_and_1(project):
 @pytest.mark.parametrize("model", ["fixup_resnet20", "fixup_resnet50"])
 def test_logits_start_at_zero_and_the_first_gradient_is_the_classifiers(model):
     net = model_of(model, stage_sizes=(1, 1), width=8)
-    x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
-    params = net.init(jax.random.key(1), x, train=False)["params"]
+    x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    params = initial(net, x)["params"]
     assert not np.any(net.apply({"params": params}, x, train=True))
 
     def loss(params):
@@ -151,8 +156,8 @@ def test_branches_start_smaller_the_more_blocks_there_are(model, exponent, each)
     stages = (each,) * (3 if model == "fixup_resnet20" else 4)
     net = model_of(model, stage_sizes=stages, width=16)
     ratios = {"scaled": [], "plain": []}  # of mean square to He's 2 / fan-in
+    start = jax.jit(lambda key: net.init(key, jnp.zeros((1, 8, 8, 3)), train=False))
     for seed in range(3):
-        start = jax.jit(lambda key: net.init(key, jnp.zeros((1, 32, 32, 3)), train=False))
         for path, kernel in flatten_dict(start(jax.random.key(seed))["params"], sep="/").items():
             if not path.endswith("kernel") or not np.any(kernel):
                 continue
@@ -173,7 +178,7 @@ def test_branches_start_smaller_the_more_blocks_there_are(model, exponent, each)
 def test_the_last_convolution_of_each_branch_and_the_head_start_at_zero():
     for model, last in (("fixup_resnet20", "conv2"), ("fixup_resnet50", "conv3")):
         net = model_of(model, stage_sizes=(1, 1), width=8)
-        params = net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+        params = initial(net, jnp.zeros((1, 8, 8, 3)))["params"]
         for name, part in params.items():
             if "block" in name:
                 assert not np.any(part[last]["kernel"])
