@@ -56,7 +56,8 @@ SMOKE, CIFAR = (64, 1024), (256, 512, 1024, 2048, 4096)
 EXPERIMENT = Experiment(
     claim=(
         "With the learning rate scaled with the batch, adaptive gradient clipping lets a "
-        "normalizer-free ResNet train at batch sizes where it fails without."
+        "normalizer-free ResNet train at batch sizes where it fails without, and changes little "
+        "at small ones."
     ),
     paper=Published(
         metric="test_accuracy",
