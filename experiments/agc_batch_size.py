@@ -10,6 +10,7 @@ from normlab.experiment import (
     Experiment,
     Grid,
     Published,
+    Row,
     Scale,
     above,
     all_of,
@@ -17,6 +18,14 @@ from normlab.experiment import (
     grid,
     settings,
 )
+
+STEPS = "steps until a loss or gradient is no longer finite, or the run's end"
+
+
+def sound_steps(row: Row) -> float | None:
+    """Returns the steps before the streak of non-finite ones that ended the run; else all."""
+    diverged = row.number("diverged_step")
+    return row.number("steps") if diverged is None else diverged - 1
 
 
 def batches(sizes: tuple[int, ...], clipping: float) -> Grid:
@@ -34,11 +43,21 @@ def batches(sizes: tuple[int, ...], clipping: float) -> Grid:
 
 
 def verdict(sizes: tuple[int, ...]):
-    """Returns: of the smallest batch clipping changes little, of the largest it decides."""
+    """Returns: of the smallest batch clipping changes little, of the largest it decides.
+
+    There the net without it is worse, and diverges first.
+    """
     small, large = (f"B={size}" for size in (sizes[0], sizes[-1]))
     return all_of(
         close(("none", f"{small}, AGC"), ("none", small), margin=2.0),
         above(("none", f"{large}, AGC"), ("none", large)),
+        above(
+            ("none", f"{large}, AGC"),
+            ("none", large),
+            measure=sound_steps,
+            what=STEPS,
+            unit="steps",
+        ),
     )
 
 
@@ -89,4 +108,5 @@ EXPERIMENT = Experiment(
     sweep=NET * batches(CIFAR, 0.01),
     seeds=3,
     verdict=verdict(CIFAR),
+    quantities={STEPS: sound_steps},
 )

@@ -17,7 +17,7 @@ from normlab.errors import UserError, nearest, unknown
 from normlab.grid import Grid, Point, grid, settings, tune
 from normlab.report.claim import ACCURACIES
 from normlab.report.differences import Measure
-from normlab.report.files import one_line
+from normlab.report.files import number, one_line
 from normlab.report.row import Row, Sweep
 from normlab.report.statistics import INTERVALS
 from normlab.report.verdict import Hypothesis, Verdict, above, all_of, close
@@ -299,8 +299,8 @@ def _check_published(table: Published, experiment: Experiment) -> None:
             close_to = nearest(str(norm), sorted(map(str, norms)))
             raise UserError(f"published row {norm!r} is in no sweep{close_to}")
         cells = row if isinstance(row, Mapping) else {"": row}
-        for number in cells.values():
-            measured = number if isinstance(number, Measured) else Measured(number)
+        for cell in cells.values():
+            measured = cell if isinstance(cell, Measured) else Measured(cell)
             _check_number(norm, measured, of_percent=table.metric in ACCURACIES)
         if isinstance(row, Mapping):
             _check_places(norm, row, points)
@@ -344,6 +344,8 @@ def check_verdict(verdict: VerdictFunction | None, cells: Iterable[tuple[str, st
         _require("a hypothesis of the verdict", hypothesis, Hypothesis, "above(...) or close(...)")
         for place in (hypothesis.a, hypothesis.b):
             if place is hypothesis.b and isinstance(place, (int, float)):
+                if number(place) is None:
+                    raise UserError(f"verdict: {place} is no number to compare with")
                 continue
             is_pair = isinstance(place, tuple) and len(place) == 2
             norm, setting = place if is_pair else (place, None)

@@ -53,7 +53,7 @@ class _Placed:
 
 def without_norm(model: Any) -> Any:
     """Returns the model that folded variables belong to: plain layers, no normalizer."""
-    plain = StandardConv(filter_gradient=model.conv.filter_gradient)
+    plain = StandardConv(model.conv.filter_gradient, model.conv.boundary)
     return model.clone(norm=NormFactory(Identity, FrozenDict()), conv=plain)
 
 

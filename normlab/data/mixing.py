@@ -6,9 +6,10 @@ Beta(α, α). CutMix (Yun et al. 2019, arXiv:1905.04899): a box of x' is pasted 
 weight of x is the part of it that is left. The target is weight·y + (1 − weight)·y'.
 
 As in NFNets' code (deepmind-research/nfnets, dataset.py) each example has a λ of its own, where the
-papers' code draws one a batch. Departures: the partner is another example of the same batch, by a
-permutation as in the papers' code (DeepMind takes two batches for one); the examples that are mixed
-are a random part of the batch and not its first half, so that ghost batches are alike.
+papers' code draws one a batch. Departures: the partner is an example of the same batch, by a
+permutation as in the papers' code, so now and then the example itself (DeepMind takes two batches
+for one); the examples that are mixed are a random part of the batch and not its first half, so that
+ghost batches are alike.
 """
 
 import jax

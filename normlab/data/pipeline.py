@@ -67,12 +67,17 @@ def augmentation_hash(seed: int, config: Any) -> str:
     """Returns 12 hex digits that two runs share if they draw the same augmentation.
 
     The draws are a function of (seed, step) and of the fields of `config`, the config's `data`,
-    that the digest is over; of the batch size, too, which `order_hash` has.
+    that the digest is over; of the batch size, too, which `order_hash` has. Fields of what is off
+    are left out.
     """
     cropped = "image_size", "random_resized_crop", "crop_area", "eval_crop", "interpolation"
-    mixed = "mixup_alpha", "mixup_share", "cutmix_alpha", "cutmix_share"
-    drawn = "randaugment_layers", "randaugment_magnitude"
-    names = (*cropped, "crop_padding", "flip", "cutout_size", "binarize", *mixed, *drawn)
+    optional = {
+        "mixup_alpha": ("mixup_alpha", "mixup_share"),
+        "cutmix_alpha": ("cutmix_alpha", "cutmix_share"),
+        "randaugment_layers": ("randaugment_layers", "randaugment_magnitude"),
+    }
+    on = (name for switch, names in optional.items() if config[switch] for name in names)
+    names = (*cropped, "crop_padding", "flip", "cutout_size", "binarize", *on)
     text = " ".join([str(seed), *(f"{name}={config[name]}" for name in names)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

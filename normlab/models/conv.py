@@ -7,7 +7,8 @@ product (jaxlib 0.10.2).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import jax
@@ -21,6 +22,7 @@ from normlab.norms import LayerBefore, NormAct, Normalizer
 from normlab.norms.normalizer import Initializer
 
 FILTER_GRADIENTS = ("auto", "whole", "split")
+BOUNDARIES = ("zeros", "circular")
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 """He et al. 2015 (arXiv:1502.01852, eq. 10): N(0, 2 / fan-in), not truncated."""
@@ -45,6 +47,7 @@ class StandardConv:
     """Plain convolutions and dense layers, He-initialized, without reparametrization."""
 
     filter_gradient: str = "auto"  # over the batch: whole, split, or auto (split on a single CPU)
+    boundary: str = "zeros"  # what stands beyond an image: zeros, or circular: its other side
 
     def conv(
         self,
@@ -114,7 +117,16 @@ class StandardConv:
         return False
 
     def convolution(self) -> Any:
-        """Returns `lax.conv_general_dilated`, or the one with the split filter gradient."""
+        """Returns `lax.conv_general_dilated`, or what these fields make of it.
+
+        Raises UserError for a word that is none.
+        """
+        if self.boundary not in BOUNDARIES:
+            raise unknown("'conv.boundary'", self.boundary, BOUNDARIES)
+        convolution = self._with_filter_gradient()
+        return partial(conv_on_torus, convolution) if self.boundary == "circular" else convolution
+
+    def _with_filter_gradient(self) -> Any:
         if self.filter_gradient not in FILTER_GRADIENTS:
             raise unknown("'conv.filter_gradient'", self.filter_gradient, FILTER_GRADIENTS)
         # A batch laid over several devices would have to be gathered to be split.
@@ -148,6 +160,25 @@ def linear_norm(
         return cast(Array, alone.apply({"params": {**params, "kernel": kernel}}, x))
 
     return norm(y, train=train, mask=mask, layer=LayerBefore(params["kernel"], output))
+
+
+def conv_on_torus(
+    convolution: Callable[..., Array],
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Any,
+    **other: Any,
+) -> Array:
+    """Returns the convolution of images [N, H, W, C] that go on at their other side.
+
+    No position is at a border, so a random layer's variances are those of theory, where padding by
+    zeros takes some off. `padding`: as of `lax.conv_general_dilated`.
+    """
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
+    x = jnp.pad(x, ((0, 0), *map(tuple, padding), (0, 0)), mode="wrap")
+    return convolution(x, kernel, strides, "VALID", **other)
 
 
 _PIECE_BYTES, _MAX_PIECES = 256 * 1024, 16

@@ -64,7 +64,7 @@ def build_direction(config: ConfigDict) -> optax.GradientTransformation:
         )
     if optim.clip_norm is not None and optim.clip_norm <= 0:
         raise UserError(f"config field 'optim.clip_norm' = {optim.clip_norm} must be above 0")
-    for name in ("agc_clipping", "sam_rho"):
+    for name in ("agc_clipping", "agc_epsilon", "sam_rho"):
         if optim[name] is not None and optim[name] <= 0:
             raise UserError(f"config field 'optim.{name}' = {optim[name]} must be above 0")
     role_mask({}, optim.decay_roles)  # refuses unknown roles before anything is compiled

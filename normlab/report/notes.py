@@ -191,6 +191,9 @@ def warnings(sweep: Sweep) -> list[str]:
     """Returns what a reader must know before believing the table; [] if all is in order."""
     runs = sweep.runs()
     found = [*sweep.notes, *_few_seeds(sweep)]
+    for measured in sweep.claim.quantities if sweep.claim else ():
+        if measured.failure:
+            found.append(f"{measured.name} could not be measured on some run: {measured.failure}.")
     if sweep.claim is not None and sweep.overrides:
         given = ", ".join(overrides(sweep.overrides))
         found.append(f"Not the scale as declared: the command line set {given}.")

@@ -20,6 +20,7 @@ class Quantity:
 
     name: str
     values: Values
+    failure: str = ""  # why some run is without, if the function of a row failed on it
 
 
 def as_json(quantity: Quantity) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def as_json(quantity: Quantity) -> dict[str, Any]:
         {"setting": setting, "norm": norm, "values": list(values.items())}
         for (setting, norm), values in quantity.values.items()
     ]
-    return {"name": quantity.name, "cells": cells}
+    return {"name": quantity.name, "cells": cells, "failure": quantity.failure}
 
 
 def from_json(data: Any) -> Quantity | None:
@@ -44,4 +45,4 @@ def from_json(data: Any) -> Quantity | None:
             if seed is not None and value is not None:
                 place = one_line(cell.get("setting", "")), one_line(cell.get("norm", ""))
                 found.setdefault(place, {})[seed] = value
-    return Quantity(one_line(data.get("name", "")), found)
+    return Quantity(one_line(data.get("name", "")), found, one_line(data.get("failure") or ""))

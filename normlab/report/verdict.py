@@ -12,6 +12,7 @@ from typing import Any
 
 from normlab.report import quantity
 from normlab.report.differences import Measure, accuracy_in_points, compare, over_seeds
+from normlab.report.files import number
 from normlab.report.quantity import Quantity
 from normlab.report.row import MEASURED, Row, Sweep, digest
 from normlab.report.statistics import (
@@ -200,18 +201,32 @@ def as_json(
 
 
 def measure(name: str, of_row: Measure, sweep: Sweep) -> Quantity:
-    """Returns a quantity of all runs that ended with a measurement and have it."""
-    values = {
-        (setting, norm): {
-            row.seed: value
-            for row in sweep.cell(setting, norm)
-            if row.seed is not None and row.state in MEASURED
-            if (value := of_row(row)) is not None
-        }
-        for setting in sweep.settings
-        for norm in sweep.norms
-    }
-    return Quantity(name, {place: found for place, found in values.items() if found})
+    """Returns a quantity of all runs that ended with a measurement and have it.
+
+    Where the function of a row fails, or gives no finite number, the run is without, and the last
+    such failure is told.
+    """
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    failure = ""
+    for setting in sweep.settings:
+        for norm in sweep.norms:
+            for row in sweep.cell(setting, norm):
+                if row.seed is None or row.state not in MEASURED:
+                    continue
+                try:
+                    value = of_row(row)
+                except (Exception, SystemExit) as error:
+                    failure = (
+                        f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
+                    )
+                    continue
+                if value is None:
+                    continue
+                if number(value) is None:
+                    failure = f"{value!r} is no finite number"[:100]
+                    continue
+                values.setdefault((setting, norm), {})[row.seed] = value
+    return Quantity(name, values, failure)
 
 
 def _rows(sweep: Sweep, place: Place) -> tuple[Row, ...]:
@@ -235,10 +250,10 @@ def _words(place: Place | float) -> str:
 def _numbers(difference: Difference, unit: str) -> str:
     if difference.mean is None:
         return "no pair of runs"
+    decimals = 2 if unit else 4
     unit = f" {unit}" if unit else ""
     if difference.interval is None:
         why = "one seed" if difference.n == 1 else f"{difference.n} seeds without spread"
-        return f"{difference.mean:+.2f}{unit} from {why}, so no interval"
-    decimals = 2 if difference.interval.half_width >= 0.005 else 4
+        return f"{difference.mean:+.{decimals}f}{unit} from {why}, so no interval"
     spread = difference.interval.text(decimals)
     return f"{difference.mean:+.{decimals}f} {spread}{unit}, {difference.n} seeds"

@@ -3,28 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from jax import lax
 
 from normlab.models.conv import StandardConv
 from normlab.models.signals import SIGNALS
-from normlab.models.weight_space import ScaledWeightStandardization
 from normlab.norms import NORMS, NormFactory
 
-
-def wrap(x, kernel, strides, padding, **other):
-    """A convolution on a torus: no pixel sees the edge, so variances are those of the theory."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap")
-    return lax.conv_general_dilated(x, kernel, strides, "VALID", **other)
-
-
-class CircularConv(StandardConv):
-    def convolution(self):
-        return wrap
-
-
-class CircularWS(ScaledWeightStandardization):
-    def convolution(self):
-        return wrap
+TORUS = {"boundary": "circular"}
+"""No pixel sees the edge, so variances are those of theory."""
 
 
 def factory(kind="none"):

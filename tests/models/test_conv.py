@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from normlab.errors import UserError
 from normlab.models import conv
 from normlab.models.conv import StandardConv, conv_with_split_gradient, num_pieces
 
@@ -114,3 +115,27 @@ def test_pieces_of_bfloat16_are_summed_in_float32():
 def test_the_choice_is_a_field(choice):
     found = StandardConv(filter_gradient=choice).convolution()
     assert (found is conv_with_split_gradient) == (choice == "split")
+
+
+@pytest.mark.parametrize(("strides", "padding"), [((1, 1), ((1, 1), (1, 1))), ((2, 2), "SAME")])
+def test_a_circular_boundary_is_the_image_repeated(strides, padding):
+    """Of nine copies side by side the one in the middle sees nothing but copies."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    dims = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    found = StandardConv(boundary="circular").convolution()(x, kernel, strides, padding, **dims)
+    tiled = jnp.tile(x, (1, 3, 3, 1))
+    expected = lax.conv_general_dilated(tiled, kernel, strides, padding, **dims)
+    size = found.shape[1]
+    assert size == 6 // strides[0]
+    np.testing.assert_allclose(found, expected[:, size : 2 * size, size : 2 * size], atol=1e-4)
+    # Moving the image moves the output, and nothing else: there is no border.
+    moved = StandardConv(boundary="circular").convolution()(
+        jnp.roll(x, 2, 1), kernel, strides, padding, **dims
+    )
+    np.testing.assert_allclose(moved, jnp.roll(found, 2 // strides[0], 1), atol=1e-4)
+
+
+def test_an_unknown_boundary_is_refused():
+    with pytest.raises(UserError, match=r"unknown 'conv\.boundary' 'zero'; did you mean 'zeros'"):
+        StandardConv(boundary="zero").convolution()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import lax
-from signal_nets import CircularWS, moments, net_of, noise, signals, start
+from signal_nets import TORUS, moments, net_of, noise, signals, start
 
 from normlab.config import load_config
 from normlab.models import build, count_params, default_choices
@@ -19,6 +19,9 @@ from normlab.models.weight_space import ScaledWeightStandardization
 from normlab.optim import roles
 
 SMALL = {"width": 4, "stage_sizes": (2, 2), "conv": ScaledWeightStandardization()}
+
+
+TORUS_WS = ScaledWeightStandardization(**TORUS)
 
 
 def config_of(model, data="cifar10", **choices):
@@ -132,9 +135,7 @@ def test_expected_deviations_by_hand():
 @pytest.mark.parametrize("fields", [{}, {"alpha": 0.5}])
 def test_variance_is_1_on_the_branch_and_grows_by_alpha_squared_on_the_stream(fields):
     alpha = fields.get("alpha", 0.2)
-    net = net_of(
-        NFResNet20, width=256, stage_sizes=(3,), skip_gain=1.0, conv=CircularWS(), **fields
-    )
+    net = net_of(NFResNet20, width=256, stage_sizes=(3,), skip_gain=1.0, conv=TORUS_WS, **fields)
     found = moments(net, 3, (32, 8, 8, 256))
     for number, block in enumerate(found.values(), 1):
         assert block["branch"][1] == pytest.approx(1, rel=0.01)
@@ -142,7 +143,7 @@ def test_variance_is_1_on_the_branch_and_grows_by_alpha_squared_on_the_stream(fi
 
 
 def test_the_sum_starts_from_1_again_at_a_stage():
-    net = net_of(NFResNet20, width=256, stage_sizes=(2, 2), skip_gain=1.0, conv=CircularWS())
+    net = net_of(NFResNet20, width=256, stage_sizes=(2, 2), skip_gain=1.0, conv=TORUS_WS)
     found = moments(net, 3, (32, 8, 8, 256))
     for name, variance in (("stage2_block1", 1.04), ("stage2_block2", 1.08)):
         assert found[name]["stream"][1] == pytest.approx(variance, rel=0.01)
@@ -150,7 +151,7 @@ def test_the_sum_starts_from_1_again_at_a_stage():
 
 def test_undivided_a_branch_has_the_variance_of_the_stream():
     # Of α = 1: 1, 2, 4, since relu is homogeneous.
-    fields = {"skip_gain": 1.0, "conv": CircularWS(), "beta": "none", "alpha": 1.0}
+    fields = {"skip_gain": 1.0, "conv": TORUS_WS, "beta": "none", "alpha": 1.0}
     found = moments(net_of(NFResNet20, width=256, stage_sizes=(3,), **fields), 3, (32, 8, 8, 256))
     for number, block in enumerate(found.values()):
         assert block["branch"][1] == pytest.approx(2**number, rel=0.03)

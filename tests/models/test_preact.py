@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from signal_nets import CircularConv, moments, net_of, noise, signals, start
+from signal_nets import TORUS, moments, net_of, noise, signals, start
 
 from normlab.config import load_config
 from normlab.errors import UserError
 from normlab.models import build, count_params
+from normlab.models.conv import StandardConv
 from normlab.models.drop import drop_branch, dropout
 from normlab.models.layers import norm_layers
 from normlab.models.nf_resnet import PreActResNet20
@@ -76,7 +77,7 @@ def test_a_normalizer_stands_before_each_convolution_but_stem_and_shortcut():
 
 # Signals at the start -----------------------------------------------------------------------------
 
-WIDE = {"conv": CircularConv(), "width": 256, "stage_sizes": (3,)}
+WIDE = {"conv": StandardConv(**TORUS), "width": 256, "stage_sizes": (3,)}
 
 
 def test_with_batch_norm_the_stream_grows_by_1_a_block():
