@@ -34,7 +34,7 @@ def thresholds(sizes: tuple[int, ...], clippings: tuple[float, ...]) -> Grid:
 
 
 def verdict(sizes: tuple[int, ...], clippings: tuple[float, ...]):
-    """Returns: at the largest batch the smallest λ is better, at the smallest the largest no worse."""
+    """Returns: the smallest λ is best at the largest batch, the largest as good at the smallest."""
     small, large = (f"B={size}" for size in (sizes[0], sizes[-1]))
     low, high = (f"λ={clipping}" for clipping in (clippings[0], clippings[-1]))
     return all_of(

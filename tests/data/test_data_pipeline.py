@@ -156,18 +156,18 @@ def test_randaugment_comes_after_mixing_and_moves_no_other_draw() -> None:
 
 
 def test_the_hash_tells_every_kind_of_augmentation_apart() -> None:
-    fields = {
-        "mixup_alpha": 0.2,
-        "mixup_share": 0.5,
-        "cutmix_alpha": 1.0,
-        "cutmix_share": 0.5,
-        "randaugment_layers": 2,
-        "randaugment_magnitude": 5,
-        "flip": True,
-    }
-    configs = [load_config("configs/digits.py", {f"data.{k}": v}).data for k, v in fields.items()]
-    hashes = {augmentation_hash(0, config) for config in configs}
-    assert len(hashes | {augmentation_hash(0, load_config("configs/digits.py").data)}) == 8
+    def hash_of(**fields):
+        config = load_config("configs/digits.py", {f"data.{k}": v for k, v in fields.items()})
+        return augmentation_hash(0, config.data)
+
+    on = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "randaugment_layers": 2}
+    details = {"mixup_share": 0.5, "cutmix_share": 0.5, "randaugment_magnitude": 5}
+    hashes = {hash_of(), hash_of(flip=True), hash_of(**on)}
+    hashes |= {hash_of(**{name: value}) for name, value in on.items()}
+    hashes |= {hash_of(**on, **{name: value}) for name, value in details.items()}
+    assert len(hashes) == 9
+    # Details of what is off draw nothing.
+    assert hash_of(**details) == hash_of()
 
 
 @pytest.mark.parametrize(

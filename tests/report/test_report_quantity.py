@@ -6,6 +6,7 @@ import pytest
 
 from normlab.report import write
 from normlab.report.document import markdown
+from normlab.report.notes import warnings
 from normlab.report.page import html
 from normlab.report.quantity import Quantity, as_json, from_json
 from normlab.report.results import Line, overview, publish
@@ -110,7 +111,7 @@ def test_a_hypothesis_may_be_about_a_number(sweep):
     inside = outcome(close("batch_norm", 1.2112, 0.03, measure=growth, what="growth", unit=""))
     assert inside.outcome == "reproduced"
     assert inside.sentences == (
-        "growth of batch_norm within 0.03 of 1.2112: holds (-0.00 ± 0.02, 3 seeds).",
+        "growth of batch_norm within 0.03 of 1.2112: holds (-0.0012 ± 0.0248, 3 seeds).",
     )
     assert outcome(close("batch_norm", 1.2112, 0.02, measure=growth)).outcome == "underpowered"
     assert outcome(close("batch_norm", 1.4669, 0.1, measure=growth)).outcome == "not reproduced"
@@ -125,3 +126,24 @@ def test_a_verdict_without_quantities_is_as_before(make_sweep, tmp_path):
     found = judge(all_of(above("batch_norm", "none")), rows)
     assert verdict_json(found, rows)["quantities"] == []
     assert "Quantities" not in markdown(rows)
+
+
+@pytest.mark.parametrize(
+    ("of_row", "told"),
+    [
+        (lambda row: row.result["zzz"], "KeyError: 'zzz'"),
+        (lambda row: float("nan"), "nan is no finite number"),
+        (lambda row: "abc", "'abc' is no finite number"),
+    ],
+)
+def test_a_quantity_that_fails_is_told_and_ends_no_sweep(sweep, of_row, told):
+    def of_some(row):
+        return of_row(row) if row.norm == "none" else 1.0
+
+    rows = load(sweep.directory)
+    found = judge(all_of(close("batch_norm", 1.2112, 0.05, measure=growth)), rows)
+    kept = verdict_json(found, rows, {"growth <a layer>": of_some})
+    (sweep.directory / "verdict.json").write_text(json.dumps(kept, allow_nan=False))
+    again = load(sweep.directory)
+    assert set(again.claim.quantities[0].values) == {("base", "batch_norm")}
+    assert f"growth <a layer> could not be measured on some run: {told}." in warnings(again)
