@@ -65,7 +65,7 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.optim.base_lr = 0.1  # peak learning rate, at the reference batch size if one is set
     config.optim.reference_batch_size = optional(int)  # peak = base_lr * batch / this
     config.optim.schedule = "cosine"  # constant, piecewise, cosine, linear (to zero), after warmup
-    add_duration(config, "optim.warmup", epochs=0.0)  # linear warmup from zero
+    add_duration(config, "optim.warmup", epochs=0.0)  # linear: step t (from 0) takes (t + 1)/warmup
     add_duration(config, "optim.milestones", fraction=(0.5, 0.75))  # piecewise: of decay
     config.optim.decay_factor = 0.1  # piecewise: factor at each milestone
     config.optim.weight_decay = 0.0  # coupled to the gradient (sgd, adam), decoupled (adamw, lamb)
