@@ -60,16 +60,19 @@ def units(
 
     Patterns are of paths, as in stage1_*/conv1/kernel. `exclude`: what is left alone; `groups`:
     (pattern, λ) where it differs, the last that fits holds; `stacked`: (pattern, number of first
-    axes that hold one parameter each).
+    axes that hold one parameter each). Raises ValueError for more of those than a parameter has.
     """
     shapes, kinds = flatten_dict(params, sep="/"), flatten_dict(roles(params), sep="/")
     found = {}
     for path, leaf in shapes.items():
         fitting = [count for pattern, count in stacked if fnmatchcase(path, pattern)]
         first = fitting[-1] if fitting else 0
+        if first > leaf.ndim:
+            raise ValueError(f"{path} has {leaf.ndim} axes; it cannot have {first} stacked ones")
         last, why = leaf.ndim, f"{kinds[path]}: one unit"
         if kinds[path] == "kernel":
-            heads = any(fnmatchcase(path, pattern) for pattern in HEADS)
+            # Without an axis of heads it is a plain dense layer that is called query.
+            heads = last - first > 2 and any(fnmatchcase(path, pattern) for pattern in HEADS)
             last -= 2 if heads else 1
             why = "kernel: a unit for each feature of each head" if heads else "kernel: outputs"
         if first:

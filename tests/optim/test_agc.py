@@ -106,12 +106,13 @@ def test_no_unit_is_above_its_limit_directions_stay_and_twice_is_once(clipping):
         assert (after[path] <= limit * (1 + 1e-6)).all()
         # What was below its limit is as it was.
         np.testing.assert_allclose(after[path], np.minimum(before[path], limit), rtol=1e-5)
-    same = jax.tree.map(lambda a, b: jnp.sum(a * b), once, gradients)
-    sizes = jax.tree.map(
-        lambda a, b: jnp.sum(jnp.square(a)) * jnp.sum(jnp.square(b)), once, gradients
-    )
-    assert jax.tree.all(jax.tree.map(lambda s: s > 0, same))
-    assert float(same["skip_gain"]) == pytest.approx(float(jnp.sqrt(sizes["skip_gain"])))
+    # Directions: each unit's gradient is its old one times one number, its cosine with it 1.
+    inner = norms(jax.tree.map(lambda a, b: jnp.sqrt(jnp.maximum(a * b, 0)), once, gradients))
+    for path in before:
+        cosine = inner[path] ** 2 / (after[path] * before[path])
+        np.testing.assert_allclose(cosine, 1, rtol=1e-5)
+    signs = jax.tree.map(lambda a, b: bool((a * b >= 0).all()), once, gradients)
+    assert jax.tree.all(signs)
     twice, _ = clip(once, PARAMS, clipping)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), twice, once)
 
@@ -288,6 +289,7 @@ def test_a_run_clips_before_decay_and_momentum_and_logs_what_it_clipped():
     ("fields", "message"),
     [
         ({"agc_clipping": 0.0}, "'optim.agc_clipping' = 0.0 must be above 0"),
+        ({"agc_epsilon": 0.0, "agc_clipping": 0.1}, "'optim.agc_epsilon' = 0.0 must be above 0"),
         ({"agc_exclude": ("haed/kernel",)}, "'haed/kernel'.*'head/kernel'"),
         ({"agc_groups": ("dense1/*",)}, r"has 'dense1/\*', which is not pattern=λ"),
         ({"agc_groups": ("dense1/*=-1",)}, "which is not pattern=λ with λ above 0"),
@@ -298,3 +300,12 @@ def test_a_run_clips_before_decay_and_momentum_and_logs_what_it_clipped():
 def test_what_fits_nothing_is_refused_in_one_line(fields, message):
     with pytest.raises(UserError, match=message):
         build_parts(config_of(**fields), need_data=False)
+
+
+def test_a_dense_layer_called_query_has_units_by_output():
+    found = units({"query": {"kernel": jnp.zeros((5, 8))}}, 0.01)
+    assert found["query/kernel"].axes == (0,)
+    heads = units({"query": {"kernel": jnp.zeros((5, 2, 4))}}, 0.01)
+    assert heads["query/kernel"].axes == (0,)
+    with pytest.raises(ValueError, match="query/kernel has 2 axes; it cannot have 3 stacked"):
+        units({"query": {"kernel": jnp.zeros((5, 8))}}, 0.01, stacked=[("*", 3)])
