@@ -12,6 +12,7 @@ SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 SHORTER = {
     "vit_tiny": {"model.depth": 2},
     "deep_mlp": {"model.depth": 2},
+    "resnet20": {"model.stage_sizes": (1, 2)},
     "preact_resnet20": {"model.stage_sizes": (1, 2)},
     "nf_resnet20": {"model.stage_sizes": (1, 2)},
     "nf_resnet26": {"model.stage_sizes": (1, 2)},
@@ -23,7 +24,7 @@ SHORTER = {
     "fixup_resnet50": {"model.stage_sizes": (1, 2)},
 }
 """All blocks are alike, so a few are enough."""
-LARGE = ("resnet18_cifar", "resnet18", "resnet50", "vgg11", *tuple(SHORTER)[2:])
+LARGE = ("resnet18_cifar", "resnet18", "resnet50", "vgg11", *tuple(SHORTER)[3:])
 DEEPER = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet101", "resnet152")
 """The same blocks as another model has, more of them."""
 DEEPEST = tuple(
@@ -37,12 +38,12 @@ SMALL = tuple(name for name in MODELS if name not in LARGE + DEEPER + DEEPEST)
 
 
 def pair(model, other, fast):
-    """Tracing a large model takes a second, a deep one several: `fast` of them are enough."""
+    """Tracing a large model takes a second, a deep one several: those are slow tests."""
     return pytest.param(model, other, marks=[] if fast else [pytest.mark.slow])
 
 
 PAIRS = [
-    pair(model, norm, norm in {LARGE: FEW, DEEPER: ("none",)}.get(kind, NORMS))
+    pair(model, norm, norm in {LARGE: ("none", "batch_norm"), DEEPER: ()}.get(kind, NORMS))
     for kind in (SMALL, LARGE, DEEPER)
     for model in kind
     for norm in NORMS
