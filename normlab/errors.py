@@ -40,7 +40,7 @@ def printable(text: str) -> str:
 
 
 def quoted(name: str | bytes) -> str:
-    """Returns a name out of a file as it is printed: in quotes, escaped, cut if it is a long one."""
+    """Returns a name out of a file as it is printed: in quotes, escaped, cut if it is long."""
     return f"{name[:LONGEST]!r}..." if len(name) > LONGEST else repr(name)
 
 

@@ -103,8 +103,8 @@ def variant_of(tree: Mapping[str, Any]) -> str:
 def variables(tree: Mapping[str, Mapping[str, Any]], config: ConfigDict) -> Tree:
     """Returns the variables of the config's model from {module name: {parameter name: array}}.
 
-    Raises UserError as `load` does, for entries that are missing, have another shape or no place, or
-    are not finite.
+    Raises UserError as `load` does, for entries that are missing, have another shape or no place,
+    or are not finite.
     """
     check_model(config)
     sizes, image_shape = config.model.stage_sizes, describe(config.data).image_shape
