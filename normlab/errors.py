@@ -6,6 +6,9 @@ Both are one line: they name the thing, its value, and the nearest right one.
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 100
+"""Characters of a name that are printed."""
+
 
 class UserError(Exception):
     """A mistake in a config or a command: one line on stderr, exit code 2."""
@@ -20,8 +23,12 @@ class MachineFault(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the first line of what an error of a library says, or else its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Returns the first line of what an error of a library says, or else its kind.
+
+    It may cite a file: the line is `printable`, and cut if it is a long one.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable(line[: 2 * LONGEST]) + ("..." if len(line) > 2 * LONGEST else "")
 
 
 def printable(text: str) -> str:
@@ -30,6 +37,11 @@ def printable(text: str) -> str:
     Line breaks, control characters and the bytes of a name that are no UTF-8 are escaped.
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def quoted(name: str | bytes) -> str:
+    """Returns a name out of a file as it is printed: in quotes, escaped, cut if it is long."""
+    return f"{name[:LONGEST]!r}..." if len(name) > LONGEST else repr(name)
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -43,4 +55,4 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
     """Returns the error for a name that is in no list, e.g. `unknown norm 'bach_norm'; did ...`."""
-    return UserError(f"unknown {what} {name!r}{nearest(name, options)}")
+    return UserError(f"unknown {what} {quoted(name)}{nearest(name[:LONGEST], options)}")

@@ -127,8 +127,8 @@ def placed(
     """Returns the variables of a model from a framework's entries (`places`: their name -> place).
 
     `ours` lays the entry for a path out as ours is, and `theirs` gives the shape that a place's
-    entry has there. Raises UserError for an entry without a place, one that is missing, or one of
-    another shape.
+    entry has there. Raises UserError for an entry without a place, one that is missing, one of
+    another shape, or one that is not finite.
     """
     for name in entries:
         if name not in places:
@@ -140,7 +140,10 @@ def placed(
         found, expected = np.shape(entries[name]), theirs((path, shape))
         if found != expected:
             raise UserError(f"{what}: {name!r} has shape {found}, not {expected}")
-        variables[path] = copied(ours(path, np.asarray(entries[name])))
+        with np.errstate(over="ignore"):  # of float64 that float32 does not reach
+            variables[path] = copied(ours(path, np.asarray(entries[name])))
+        if not np.isfinite(variables[path]).all():
+            raise UserError(f"{what}: {name!r} is not finite")
     return traverse_util.unflatten_dict(variables)
 
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from normlab.data import describe
 from normlab.data.pickles import load_arrays
-from normlab.errors import UserError, unknown
+from normlab.errors import UserError, quoted, unknown
 from normlab.interop.common import Tree, check_fields, model_places, placed
 from normlab.models import build
 
@@ -79,10 +79,11 @@ def read(path: Path) -> dict[str, dict[str, np.ndarray]]:
         raise UserError(f"file {str(path)!r} cannot be read: {error.strerror}") from error
     for module, params in tree.items():
         if not isinstance(module, str) or not isinstance(params, dict):
-            raise UserError(f"file {str(path)!r}: {module!r} is no module with its parameters")
+            raise UserError(f"file {str(path)!r}: {quoted(module)} is no module of parameters")
         for name, value in params.items():
             if not isinstance(name, str) or not isinstance(value, np.ndarray):
-                raise UserError(f"file {str(path)!r}: {name!r} of {module!r} is no array")
+                entry = f"{quoted(name)} of {quoted(module)}"
+                raise UserError(f"file {str(path)!r}: {entry} is no array")
     return tree
 
 
@@ -102,7 +103,8 @@ def variant_of(tree: Mapping[str, Any]) -> str:
 def variables(tree: Mapping[str, Mapping[str, Any]], config: ConfigDict) -> Tree:
     """Returns the variables of the config's model from {module name: {parameter name: array}}.
 
-    Raises UserError as `load` does, for entries that are missing, have another shape or no place.
+    Raises UserError as `load` does, for entries that are missing, have another shape or no place,
+    or are not finite.
     """
     check_model(config)
     sizes, image_shape = config.model.stage_sizes, describe(config.data).image_shape

@@ -240,7 +240,8 @@ def resnet_variables(state: Mapping[str, Any], model: nn.Module) -> Tree:
 
     `model` is ours, of that depth, width, number of classes and kind of normalizer; its fields are
     not set here: torchvision's BatchNorm is `momentum=0.9, running_variance="unbiased"`. Raises
-    UserError for an entry that is missing, has another shape, or has no place in the model.
+    UserError for an entry that is missing, is not finite, has another shape, or has no place in the
+    model.
     """
     places = {_resnet_name(path): (path, shape) for path, shape in model_places(model)}
     entries = {name: value for name, value in state.items() if not name.endswith(f".{_COUNTER}")}

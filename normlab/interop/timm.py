@@ -1,7 +1,8 @@
 """timm's `dm_nfnet_f0` to `_f6` and `nf_resnet26`, `50`, `101` in ours (timm/models/nfnet.py).
 
 A state is what `model.state_dict()` gives, or a file of it: `.safetensors`, or a `.pth` or `.bin`
-by `torch.load(weights_only=True)`, which needs PyTorch.
+by `torch.load(weights_only=True)`, which needs PyTorch, 2.6 at least: an older one may execute what
+is in the file nonetheless (CVE-2025-32434).
 
 What is otherwise in timm, and how it is expressed (`FIELDS`, beside a choice of `nfnet_f0` and so
 on, or `nf_resnet50`):
@@ -82,6 +83,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{str(path)!r} needs PyTorch, which is not installed; .safetensors needs nothing"
         ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 6):
+        raise UserError(
+            f"{str(path)!r} needs PyTorch 2.6, and {torch.__version__} is installed, which may "
+            "execute what is in the file; .safetensors needs none"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value.float().numpy() for name, value in state.items()}
@@ -106,6 +113,9 @@ def variables(state: Mapping[str, Any], config: ConfigDict) -> Tree:
     Raises UserError as `load` does, for another number of blocks first of all.
     """
     check_model(config)
+    for name in state:
+        if not isinstance(name, str):
+            raise UserError(f"the state has a key of type {type(name).__name__}, not a name")
     there = tuple(
         len({name.split(".")[2] for name in state if name.startswith(f"stages.{stage}.")})
         for stage in range(4)

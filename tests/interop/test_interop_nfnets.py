@@ -207,6 +207,33 @@ def test_dills_way_to_name_a_function_leads_to_no_other_one(tmp_path):
     assert "it wants os.getcwd" in refusal(deepmind_nfnets.load, path, config_of())
 
 
+def test_a_key_nested_too_deep_to_be_printed_is_one_line(tmp_path):
+    path = tmp_path / "F0_haiku.npz"
+    path.write_bytes(b"\x80\x02})" + 5000 * b"\x85" + b"K\x01s.")
+    said = refusal(deepmind_nfnets.load, path, config_of())
+    assert "it has a key of type tuple, not text" in said
+
+
+@pytest.mark.parametrize(
+    "tree", [{1_000_000 * "x": 1}, {"x": {1_000_000 * "x": 1}}, {1_000_000 * b"x": {}}]
+)
+def test_a_long_name_is_cut(tmp_path, tree):
+    assert len(refusal(deepmind_nfnets.read, written(tree, tmp_path, "f"))) < 600
+
+
+def test_names_are_escaped(tmp_path):
+    said = refusal(deepmind_nfnets.read, written({"\x1b[31m\n": 1}, tmp_path))
+    assert r"'\x1b[31m\n' is no module" in said
+
+
+@pytest.mark.parametrize("module", ["NFNet/~/linear", "NFNet/~/nf_block_1/~/conv1b"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, module):
+    tree = published()
+    tree[module]["w"][-1, 0] = np.nan
+    said = refusal(deepmind_nfnets.load, written(tree, tmp_path), config_of())
+    assert said == f"DeepMind's nfnet_f0: '{module} w' is not finite"
+
+
 def test_an_array_of_todays_jax_is_refused(tmp_path):
     tree = {"NFNet/~/linear": {"w": jax.numpy.zeros(3)}}
     said = refusal(deepmind_nfnets.load, written(tree, tmp_path), config_of())

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -195,6 +196,25 @@ def test_a_safetensors_file_is_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, given)
 
 
+def described(more=None, **fields):
+    """A file of 16 bytes with one tensor, `w`, and perhaps a second one: where that stands."""
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | fields
+    header = {"w": entry}
+    if more:
+        header["v"] = entry | {"data_offsets": more, "shape": [(more[1] - more[0]) // 4]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+def test_tensors_may_stand_in_another_order_than_their_names(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(described(data_offsets=[8, 16], shape=[2], more=[0, 8]))
+    assert {name: value.shape for name, value in safetensors.read(path).items()} == {
+        "w": (2,),
+        "v": (2,),
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -202,6 +222,18 @@ def test_a_safetensors_file_is_read(tmp_path):
         (b"\xff" * 8 + b"{}", "header is cut off"),
         (packed({"w": np.zeros(9, "f4")})[:-1], "'w' lies outside of the file"),
         (packed({"w": np.zeros(9, "i8")}), "unknown kind of numbers of 'w': 'I64'"),
+        (described(shape=[-1]), "'w' has shape [-1], not a list of sizes"),
+        (described(shape=4), "'w' has shape 4, not a list of sizes"),
+        (described(shape=None), "'w' has shape null, not a list of sizes"),
+        (described(shape=[2.0, 2]), "'w' has shape [2.0, 2], not a list of sizes"),
+        (described(shape=[True, 4]), "'w' has shape [true, 4], not a list of sizes"),
+        (described(shape=[2**70]), "is no safetensors file"),
+        (described(dtype="\x1b[2J"), r"unknown kind of numbers of 'w': '\x1b[2J'"),
+        (described(data_offsets=[0, 16], shape=[4], more=[0, 16]), "its tensors overlap"),
+        (described(data_offsets=[0, 8], shape=[2], more=[4, 16]), "its tensors overlap"),
+        (described(data_offsets=[0, 4], shape=[1], more=[8, 16]), "its tensors leave a gap"),
+        (described(data_offsets=[4, 16], shape=[3]), "its tensors leave a gap"),
+        (described(data_offsets=[0, 12], shape=[3]), "its tensors leave a gap"),
         (b"\x02" + b"\0" * 7 + b"[]", "is no safetensors file"),
         (b"\x08" + b"\0" * 7 + b'{"w": 1}', "is no safetensors file"),
         (b"\x04" + b"\0" * 7 + b"\xff\xff\xff\xff", "is no safetensors file"),
@@ -220,6 +252,53 @@ def test_without_pytorch_its_files_are_refused_and_safetensors_read(tmp_path, mo
     path = tmp_path / "model.safetensors"
     path.write_bytes(packed({"w": np.ones(2, "f4")}))
     assert timm.read(path).keys() == {"w"}
+
+
+@pytest.mark.parametrize("version", ["2.5.1+cu121", "1.13.1", "2.0"])
+def test_an_old_pytorch_which_would_execute_the_file_is_not_asked(tmp_path, monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__=version))
+    said = refusal(timm.read, tmp_path / "model.pth")
+    assert f"needs PyTorch 2.6, and {version} is installed" in said
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.13.0+cpu", "3.0"])
+def test_a_later_pytorch_is_told_to_execute_nothing(tmp_path, monkeypatch, version):
+    asked = []
+
+    def load(path, **options):
+        asked.append(options["weights_only"])
+        return {}
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__=version, load=load))
+    assert timm.read(tmp_path / "model.pth") == {}
+    assert asked == [True]
+
+
+@pytest.mark.parametrize("name", [1, ("a", "b"), None, b"stem"])
+def test_a_key_that_is_no_name_is_refused(name):
+    said = refusal(timm.variables, {name: np.zeros(3)}, config_of("nf_resnet26"))
+    assert said == f"the state has a key of type {type(name).__name__}, not a name"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_weights_that_are_not_finite_are_refused(value):
+    state = nf_resnet26()
+    wrong = state["stages.1.0.conv2.weight"].astype("f8")  # 1e300 is finite, and no float32
+    wrong[3, 1, 0, 2] = value
+    state["stages.1.0.conv2.weight"] = wrong
+    said = refusal(timm.variables, state, config_of("nf_resnet26"))
+    assert said == "timm's nf_resnet26: 'stages.1.0.conv2.weight' is not finite"
+
+
+def test_a_long_name_is_cut(tmp_path):
+    path = tmp_path / "model.safetensors"
+    long = "stem." + 1_000_000 * "x"
+    path.write_bytes(packed({**nf_resnet26(), long: np.zeros(3, "f4")}))
+    said = refusal(timm.load, path, config_of("nf_resnet26"))
+    assert "unknown entry of timm's nf_resnet26: 'stem.xxx" in said
+    assert len(said) < 300
+    path.write_bytes(packed({long: np.zeros(3, "i8")}))
+    assert len(refusal(safetensors.read, path)) < 300
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
