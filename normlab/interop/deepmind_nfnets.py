@@ -42,6 +42,7 @@ FIELDS = {
     "conv.kind": "scaled_weight_standardization",
     "conv.epsilon": 1e-4,
     "conv.epsilon_form": "floor",
+    "conv.boundary": "zeros",
     "model.alpha": 0.2,
     "model.beta": "behind",
     "model.gain": "released",

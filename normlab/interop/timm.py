@@ -39,6 +39,7 @@ _COMMON = {
     "conv.kind": "scaled_weight_standardization",
     "conv.epsilon": 1e-5,
     "conv.epsilon_form": "added",
+    "conv.boundary": "zeros",
     "model.alpha": 0.2,
     "model.beta": "behind",
     "model.gain": "released",
