@@ -125,9 +125,9 @@ EXPERIMENT = Experiment(
         theory(FACTOR, {"none": {NEITHER[1]: 2.0}}),
         theory(BRANCH, {"none": {FREE[1]: 1.0}}),
     ),
-    scales={"smoke": Scale("configs/digits.py", FIELDS, cost="4 minutes on 2 cores")},
+    scales={"smoke": Scale("configs/digits.py", FIELDS, cost="8 minutes on 2 cores")},
     sweep=NETS,
-    seeds=5,
+    seeds=10,
     verdict=all_of(
         near(BN, ADDED, added, 1.0),
         near(NEITHER, FACTOR, factor, 2.0),
