@@ -83,9 +83,7 @@ class NFResNet20(PreActResNet20):
     """NF-ResNet-20 for 32×32 images: 272,483 parameters."""
 
     alpha: float = 0.2  # weight of each residual branch
-    beta: str = (
-        "behind"  # expected deviation of the stream, divided out: behind, before (act), none
-    )
+    beta: str = "behind"  # 1/β of the stream multiplies: behind (the activation), before, none
     skip_gain: float | None = 0.0  # start of a learned scalar on each branch
     gain: str = "exact"  # γ on activations: exact (quadrature), released (Monte Carlo), none
 
