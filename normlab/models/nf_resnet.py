@@ -71,7 +71,7 @@ class PreActResNet56(PreActResNet20):
 
 
 class PreActResNet50(PreActResNet20):
-    """Pre-activation ResNet-50 for 224×224 images: 25,549,352 parameters with batch norm."""
+    """Pre-activation ResNet-50: 25,549,352 parameters with batch norm and 1,000 classes."""
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each stage
     width: int = 64  # channels of the first stage's 3×3 convolutions; doubled at each further one

@@ -51,10 +51,6 @@ def test_parameter_counts_on_cifar(model, count):
     assert count_params(shapes_of(model_of(f"cifar10.py:model={model}"), 32)) == count
 
 
-def test_preact_resnet20_has_the_count_in_its_docstring():
-    assert PREACT20 == 272_282
-
-
 def test_preact_resnet50_has_resnet50s_parameters_but_for_the_norms_places():
     # torchvision's ResNet-50 has 25,557,032. It has a norm of 64 in the stem and one behind each
     # shortcut and each block's last convolution, which here stand before the first convolution.
