@@ -6,9 +6,9 @@ papers' factors (π / (π − 1) = 1.467 with ReLU) are those of the square; the
 
 Places are the normalizers, whose outputs are what enters an activation, the identity `none` among
 them; the linear layers but the last, the head, where a model has no normalizer; and of a residual
-network its blocks. (By the input of a normalizer the gradient would be as many times larger as that
-input is smaller.) What is differentiated is the mean cross entropy of the batch, or, as theory has
-it, a random linear function of the logits.
+network its blocks, one place a block, however many branches it has. (By the input of a normalizer
+the gradient would be as many times larger as that input is smaller.) What is differentiated is the
+mean cross entropy of the batch, or, as theory has it, a random linear function of the logits.
 
 The gradient by a layer's output is that by a zero array added to it, so nothing is asked of a
 model. Of a layer in a loop (a recurrent cell) it is the sum over the loop's steps.
@@ -16,6 +16,7 @@ model. Of a layer in a loop (a recurrent cell) it is the sum over the loop's ste
 
 import itertools
 import math
+import re
 from typing import Any
 
 import jax
@@ -26,9 +27,9 @@ from jax import Array
 from normlab.analysis.predictions import predicted_growth
 from normlab.analysis.signals import describe, linear_paths, place_kind
 from normlab.analysis.subject import Subject
-from normlab.errors import unknown
+from normlab.errors import UserError, unknown
 from normlab.models.layers import norm_layers
-from normlab.report.profiles import Profile
+from normlab.report.profiles import Profile, first_not_finite
 from normlab.training.probe import block_paths
 from normlab.training.step import cross_entropy
 
@@ -46,15 +47,15 @@ def measure_gradients(
 
     `objective` "functional": Σ r·logits with r ~ N(0, 1) in place of the loss. `by` and
     `batch_statistics` as of `measure_signals`. The summary has the growth a place: the geometric
-    mean from the last place to the first, over all seeds.
+    mean from the last place to the first, over all seeds. Numbers that are not finite stay as they
+    are, and the summary says so; likewise if all are zero.
     """
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     chosen = place_kind(subject, by)
     model = subject.parts.model
-    shape = subject.parts.info.image_shape
-    paths = set(block_paths(model, shape) if chosen == "blocks" else _layers(subject))
-    names: list[str] = []
+    places = output_shapes(subject, chosen, train=batch_statistics)
+    names = list(places)
 
     @jax.jit
     def squares(variables: Any, images: Array, labels: Array, functional: Array) -> list[Array]:
@@ -64,21 +65,28 @@ def measure_gradients(
                 return jnp.sum(functional * logits)
             return jnp.mean(cross_entropy(logits, labels))
 
-        zeros = _zeros(model, variables, images, batch_statistics, paths)
-        names[:] = list(zeros)  # in the order of the layers; a traced dict comes back sorted
-        found = jax.grad(value)(zeros)
+        found = jax.grad(value)({name: jnp.zeros(y.shape, y.dtype) for name, y in places.items()})
         return [jnp.sum(jnp.square(found[name].astype(jnp.float32))) for name in names]
 
-    seeds, rows = [], []
+    seeds, rows, heads = [], [], []
     for draw in subject.draws():
         key = jax.random.fold_in(jax.random.key(draw.seed), 1)
         functional = jax.random.normal(key, (len(draw.labels), subject.parts.info.num_classes))
         found = squares(draw.variables, draw.images, draw.labels, functional)
         seeds.append(draw.seed)
         rows.append([float(square) for square in jax.device_get(found)])
+        heads.append(_is_zero(draw.variables["params"].get("head", {}).get("kernel")))
     growths = [_growths(row) for row in rows]
     expected = predicted_growth(subject) if batch_statistics and chosen == "layers" else None
-    summary = {"growth of the squared norm a place": _geometric_mean(rows)}
+    summary: dict[str, float | str | None] = {
+        "growth of the squared norm a place": _geometric_mean(rows)
+    }
+    if not any(map(any, rows)):
+        why = ": the head's weights are 0" if all(heads) else ""
+        summary["gradient"] = f"zero everywhere{why}"
+    nearest = first_not_finite(names[::-1], [row[::-1] for row in rows])
+    if nearest is not None:
+        summary["not finite"] = f"from {nearest} on, back to the input"
     predicted: dict[str, list[float | None]] = {}
     if expected is not None:
         factor, to_go = expected[0], range(len(names) - 1, -1, -1)
@@ -112,6 +120,38 @@ def measure_gradients(
     )
 
 
+def output_shapes(subject: Subject, chosen: str, *, train: bool) -> dict[str, Any]:
+    """Returns {place: shape and dtype of its output for a batch}, in the order of the calls.
+
+    `chosen` "blocks" or "layers". Raises UserError for a place whose output is not one array.
+    """
+    parts = subject.parts
+    shape = parts.info.image_shape
+    paths = _blocks(parts.model, shape) if chosen == "blocks" else _layers(subject)
+    found: dict[str, Any] = {}
+
+    def note(y: Array, path: str) -> Array:
+        if path in paths:
+            found[path] = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        return y
+
+    images = jax.ShapeDtypeStruct((parts.length.batch_size, *shape), jnp.float32)
+    jax.eval_shape(
+        lambda v, x: _with_outputs(parts.model, v, x, train, note),
+        parts.abstract_variables(),
+        images,
+    )
+    for path in paths:
+        if path not in found:
+            raise UserError(f"place {path!r} has no output to take a gradient by; go by layers")
+    return found
+
+
+def _blocks(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    """Returns the paths of the residual blocks; one of several branches is told once."""
+    return list(dict.fromkeys(re.sub(r"/\d+$", "", name) for name in block_paths(model, shape)))
+
+
 def _layers(subject: Subject) -> list[str]:
     """Returns the paths of the normalizers, or, if there is none, of the hidden linear layers."""
     norms = norm_layers(subject.parts.model, subject.parts.info.image_shape)
@@ -130,21 +170,6 @@ def _shifted(
     return _with_outputs(model, variables, images, train, shift)
 
 
-def _zeros(
-    model: nn.Module, variables: Any, images: Array, train: bool, paths: set[str]
-) -> dict[str, Array]:
-    """Returns zeros like the outputs of the modules at `paths`, in the order of the calls."""
-    found: dict[str, Array] = {}
-
-    def note(y: Array, path: str) -> Array:
-        if path in paths:
-            found[path] = jnp.zeros(y.shape, y.dtype)
-        return y
-
-    jax.eval_shape(lambda: _with_outputs(model, variables, images, train, note))
-    return {path: jnp.zeros(y.shape, y.dtype) for path, y in found.items()}
-
-
 def _with_outputs(
     model: nn.Module, variables: Any, images: Array, train: bool, change: Any
 ) -> Array:
@@ -160,9 +185,19 @@ def _with_outputs(
     return logits
 
 
+def _is_zero(kernel: Array | None) -> bool:
+    return kernel is not None and not jnp.any(kernel)
+
+
 def _growths(squares: list[float]) -> list[float | None]:
-    pairs = itertools.pairwise(squares)
-    return [*(a / b if b > 0 and math.isfinite(a) else None for a, b in pairs), None]
+    return [*itertools.starmap(_ratio, itertools.pairwise(squares)), None]
+
+
+def _ratio(a: float, b: float) -> float | None:
+    """Returns a / b; None over zero, and nan over what is not finite, of which it says nothing."""
+    if b == 0:
+        return None
+    return a / b if math.isfinite(b) else math.nan
 
 
 def _geometric_mean(rows: list[list[float]]) -> float | None:

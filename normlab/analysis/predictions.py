@@ -20,6 +20,9 @@ from normlab.models.activations import ACTIVATIONS
 PLAIN_MODELS = ("mlp", "deep_mlp")
 """Models of layers activation(BN(W x))."""
 
+SMALL_EPSILON = 1e-3
+"""The largest ε that a variance of about 1 does not notice: the theory has none."""
+
 PREACTIVATION = re.compile(r"(preact_|nf_|wide_|skipinit_)resnet\d*")
 """Models of blocks x + α·W φ(norm(W φ(norm(x/β)))), with a 1×1 convolution behind the first φ as
 the shortcut where the shape changes."""
@@ -29,15 +32,15 @@ def predicted_growth(subject: Subject) -> tuple[float, str] | None:
     """Returns the growth of the squared norm a layer by `mean_field`, and what it holds for.
 
     None where it says nothing: it does for batch normalization in a plain network of standard
-    layers, without overrides.
+    layers, without overrides, at its start on Gaussian images.
     """
     config = subject.parts.config
     fits = (
         config.model.kind in PLAIN_MODELS
+        and _starts_on_noise(subject)
         and config.norm.kind == "batch_norm"
         and config.conv.kind == "standard"
         and config.model.get("weights") != "orthogonal"  # the theory's are Gaussian
-        and not config.norm_overrides
     )
     if not fits:
         return None
@@ -56,16 +59,18 @@ def predicted_signals(subject: Subject, blocks: Sequence[str]) -> list[BlockSign
     """Returns the signals of the residual blocks by `mean_field`; None where it says nothing.
 
     It does for pre-activation networks at their start on Gaussian images, with batch normalization,
-    normalizer-free with a skip gain of 1, and with neither. It reckons with no padding by zeros,
-    which takes some off at the borders, and takes what the stem hands on for Gaussian, which a max
-    pooling is not.
+    normalizer-free with a skip gain of 1, and with neither; without gates, and with strides in the
+    shortcuts' convolutions (means over pixels have less variance). A normalizer-free branch has
+    variance 1 if 1/β stands before the activation, or behind a relu, where that is the same. It
+    reckons with no padding by zeros, which takes some off at the borders, and takes what the stem
+    hands on for Gaussian, which a max pooling is not.
     """
     config = subject.parts.config
     fits = (
         PREACTIVATION.fullmatch(config.model.kind)
-        and subject.variables is None
-        and subject.inputs == "gaussian"
-        and not config.norm_overrides
+        and _starts_on_noise(subject)
+        and config.model.downsample == "conv"
+        and config.model.squeeze_excite == 0
     )
     if not fits:
         return None
@@ -76,7 +81,9 @@ def predicted_signals(subject: Subject, blocks: Sequence[str]) -> list[BlockSign
     if fields.skip_gain not in (None, 1.0):
         return None
     if kinds == ("none", "scaled_weight_standardization"):
-        scaled = fields.gain != "none" and fields.beta != "none"
+        scaled = fields.gain != "none" and (
+            fields.beta == "before" or (fields.beta == "behind" and fields.activation == "relu")
+        )
         return normalizer_free_signals(transitions, fields.alpha) if scaled else None
     if (fields.alpha, fields.beta, fields.gain) != (1.0, "none", "none"):
         return None
@@ -87,6 +94,17 @@ def predicted_signals(subject: Subject, blocks: Sequence[str]) -> list[BlockSign
         layers = _num_layers(params[blocks[0]])
         return plain_signals(transitions, activation, start=stem, layers=layers)
     return None
+
+
+def _starts_on_noise(subject: Subject) -> bool:
+    """True for initial values and Gaussian images, one normalizer everywhere and its ε small."""
+    config = subject.parts.config
+    return (
+        subject.variables is None
+        and subject.inputs == "gaussian"
+        and not config.norm_overrides
+        and config.norm.get("epsilon", 0.0) <= SMALL_EPSILON
+    )
 
 
 def _num_layers(block: Any) -> int:

@@ -24,7 +24,7 @@ from normlab.analysis.predictions import predicted_signals
 from normlab.analysis.subject import Subject
 from normlab.errors import UserError, unknown
 from normlab.models.signals import SIGNALS
-from normlab.report.profiles import Profile
+from normlab.report.profiles import Profile, first_not_finite
 from normlab.training.probe import block_paths, channel_moments, shown_blocks
 
 PLACES = ("blocks", "layers")
@@ -61,6 +61,7 @@ def measure_signals(
     )
     columns = ["mean_squared", "variance", "branch_mean_squared", "branch_variance"]
     width = len(rows[0][0])
+    exploded = first_not_finite(names, [[sum(place) for place in seed] for seed in rows])
     return Profile(
         probe="signals",
         title=f"Signals by depth: {subject.parts.config.model.kind}",
@@ -76,6 +77,7 @@ def measure_signals(
         drawn=tuple(name for name in columns[:width] if name != "branch_mean_squared"),
         xlabel=f"{chosen.removesuffix('s')}, from the input on",
         ylabel="mean over channels",
+        summary={} if exploded is None else {"not finite": f"from {exploded} on"},
     )
 
 

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +57,45 @@ def main(args: argparse.Namespace) -> int:
     from normlab.analysis.signals import measure_signals
     from normlab.report.drawing import say, show
     from normlab.report.profiles import table, write
+    from normlab.report.tables import NOTHING
 
     how: dict[str, Any] = {"by": args.by, "batch_statistics": args.statistics == "batch"}
     if args.what == "gradients":
         how["objective"] = args.objective or "loss"
     measure = {"signals": measure_signals, "gradients": measure_gradients}[args.what]
-    profile = measure(_subject(args), **how)
+    subject = _subject(args)
+    with _new_folder(args.workdir) as folder:  # refused before anything is computed
+        profile = measure(subject, **how)
     say(", ".join(f"{name} {value}" for name, value in profile.subject.items()), sys.stdout)
     show(table(profile), sys.stdout)
     for name, value in profile.summary.items():
-        say(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: –", sys.stdout)
-    if args.workdir is not None:
-        folder = Path(args.workdir)
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise UserError(f"workdir {args.workdir!r} cannot be written: {reason}") from error
+        said = f"{value:.4g}" if isinstance(value, float) else value or NOTHING
+        say(f"{name}: {said}", sys.stdout)
+    if folder is not None:
         for path in write(profile, folder):
             say(str(path), sys.stdout)
     return 0
+
+
+@contextmanager
+def _new_folder(workdir: str | None) -> Iterator[Path | None]:
+    """Makes the folder, and takes it away again, with the parents made for it, after an error."""
+    if workdir is None:
+        yield None
+        return
+    folder = Path(workdir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"workdir {workdir!r} cannot be written: {reason}") from error
+    try:
+        yield folder
+    except BaseException:
+        for path in made:
+            path.rmdir()
+        raise
 
 
 def _subject(args: argparse.Namespace) -> Any:

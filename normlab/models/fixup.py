@@ -81,8 +81,8 @@ class FixupBlock(nn.Module):
             y = linear_norm(conv(layer, init, f"conv{i}"), act, y, train=train, mask=mask)
         y = y + scalar(self, f"bias{m}a", 0.0)
         last = conv(self.layers[-1], zeros, f"conv{m}")
-        y = linear_norm(last, self.norm(name=f"norm{m}"), y, train=train, mask=mask)
-        y = y * scalar(self, "multiplier", 1.0) + scalar(self, f"bias{m}b", 0.0)
+        end = linear_norm(last, self.norm(name=f"norm{m}"), y, train=train, mask=mask)
+        y = end * scalar(self, "multiplier", 1.0) + scalar(self, f"bias{m}b", 0.0)
         if residual.shape != y.shape:
             features, step = y.shape[-1], math.prod(strides for _, _, strides in self.layers)
             if self.project:
@@ -92,7 +92,7 @@ class FixupBlock(nn.Module):
             else:
                 residual = pad_channels(entry[:, ::step, ::step], features)
         out = self.activation(residual + y)
-        sow_signals(self, branch=y, stream=out)
+        sow_signals(self, branch=end, stream=out)
         return out
 
 

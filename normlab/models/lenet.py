@@ -13,6 +13,9 @@ from jax.typing import DTypeLike
 from normlab.models.conv import StandardConv, linear_norm
 from normlab.norms import NormFactory
 
+SMALLEST_SIDE = 16
+"""Pixels: 16 − 4 = 12, pooled 6, 6 − 4 = 2, pooled 1."""
+
 
 class LeNet5(nn.Module):
     """Two 5×5 convolutions with pooling and two hidden dense layers."""
@@ -25,7 +28,13 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
-        """x [N, H, W, C], at least 16×16, mask [N] -> logits float32 [N, num_classes]."""
+        """x [N, H, W, C], at least 16×16, mask [N] -> logits float32 [N, num_classes].
+
+        Raises ValueError for smaller images.
+        """
+        height, width = x.shape[1:3]
+        if min(height, width) < SMALLEST_SIDE:
+            raise ValueError(f"{height}×{width} pixels; the smallest side is {SMALLEST_SIDE}")
 
         def norm_act(layer: nn.Module, x: Array, number: int) -> Array:
             act = self.norm.norm_act(name=f"norm{number}", activation=self.activation)

@@ -11,6 +11,9 @@ shortcuts average before their 1×1 convolution, and each of the four stages has
     training, pixels        192  224  240  288  320  384
     test, pixels            224  256  272  320  384  456
 
+Parameters are counted by the released code. The paper's table could not be had to check them (as
+remembered it has 8.3M for B0, where the released definition has 8.60M).
+
 The released widths are multiplied by a factor of 0.75; here they stand as products. The head starts
 at zero. The released class asks for the activation `swish`, which its own table does not have; silu
 is meant (experiment_nf_regnets.py names it so). With `conv=weight_norm` give `head_deviation` a
@@ -24,7 +27,7 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.models.nf_resnet import NORMALIZER_FREE
-from normlab.models.preact import Layer, PreActNet, Style, grouped
+from normlab.models.preact import Layer, PreActNet, Style, check_widths, grouped
 
 
 class NFRegNetB0(PreActNet):
@@ -50,7 +53,8 @@ class NFRegNetB0(PreActNet):
     excite_before_last: ClassVar[bool] = True
 
     def blocks(self) -> tuple[int, ...]:
-        """Returns the number of blocks of each stage."""
+        """Returns the number of blocks of each stage; raises UserError unless each has a width."""
+        check_widths(self.widths, self.stage_sizes)
         return self.stage_sizes
 
     def stem(self, x: Array, style: Style) -> Array:

@@ -71,7 +71,7 @@ class PreActResNet56(PreActResNet20):
 
 
 class PreActResNet50(PreActResNet20):
-    """Pre-activation ResNet-50 for 224×224 images: 25,549,352 parameters with batch norm."""
+    """Pre-activation ResNet-50: 25,549,352 parameters with batch norm and 1,000 classes."""
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each stage
     width: int = 64  # channels of the first stage's 3×3 convolutions; doubled at each further one
@@ -83,9 +83,7 @@ class NFResNet20(PreActResNet20):
     """NF-ResNet-20 for 32×32 images: 272,483 parameters."""
 
     alpha: float = 0.2  # weight of each residual branch
-    beta: str = (
-        "behind"  # expected deviation of the stream, divided out: behind, before (act), none
-    )
+    beta: str = "behind"  # 1/β of the stream multiplies: behind (the activation), before, none
     skip_gain: float | None = 0.0  # start of a learned scalar on each branch
     gain: str = "exact"  # γ on activations: exact (quadrature), released (Monte Carlo), none
 

@@ -28,7 +28,7 @@ from flax import linen as nn
 from jax import Array
 
 from normlab.models.nf_resnet import NORMALIZER_FREE
-from normlab.models.preact import Layer, PreActNet, Style, grouped
+from normlab.models.preact import Layer, PreActNet, Style, check_widths, grouped
 
 
 class NFNetF0(PreActNet):
@@ -54,7 +54,8 @@ class NFNetF0(PreActNet):
     default_choices: ClassVar[Mapping[str, str]] = NORMALIZER_FREE
 
     def blocks(self) -> tuple[int, ...]:
-        """Returns the number of blocks of each stage."""
+        """Returns the number of blocks of each stage; raises UserError unless each has a width."""
+        check_widths(self.widths, self.stage_sizes)
         return self.stage_sizes
 
     def stem(self, x: Array, style: Style) -> Array:

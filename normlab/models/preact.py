@@ -202,8 +202,8 @@ class PreActNet(nn.Module):
         """x [N, H, W, C], mask [N] -> logits float32 [N, num_classes]."""
         style = self.style()
         call: dict[str, Any] = {"train": train, "mask": mask}
-        x = self.stem(x.astype(self.dtype), style)
         stages = expected_deviations(self.blocks(), self.alpha)
+        x = self.stem(x.astype(self.dtype), style)
         index, total = 0, sum(map(len, stages))
         for stage, deviations in enumerate(stages):
             for block, deviation in enumerate(deviations):
@@ -284,6 +284,15 @@ def expected_deviations(stage_sizes: tuple[int, ...], alpha: float) -> list[list
             stages[-1][block] = math.sqrt(variance)
             variance = (1.0 if block == 0 else variance) + alpha**2
     return stages
+
+
+def check_widths(widths: tuple[int, ...], stage_sizes: tuple[int, ...]) -> None:
+    """Raises UserError unless each stage has a width."""
+    if len(widths) != len(stage_sizes):
+        raise UserError(
+            f"config field 'model.widths' = {widths} has {len(widths)} numbers, but "
+            f"'model.stage_sizes' = {stage_sizes} has {len(stage_sizes)}"
+        )
 
 
 def grouped(channels: float, group_width: int) -> tuple[int, int]:

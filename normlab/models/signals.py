@@ -15,8 +15,9 @@ SIGNALS = "signals"
 def sow_signals(module: nn.Module, *, branch: Array, stream: Array) -> None:
     """Sows both of a block, [N, H, W, C] each, where the collection is mutable.
 
-    `branch` is the end of the residual branch before stochastic depth, skip gain and α; `stream`
-    is the block's output. At `init`, where every collection is mutable, it sows nothing.
+    `branch` is the end of the residual branch before stochastic depth, skip gain (Fixup's
+    multiplier and last bias) and α; `stream` is the block's output. At `init`, where every
+    collection is mutable, it sows nothing.
     """
     if not module.is_initializing():
         module.sow(SIGNALS, "branch", branch)

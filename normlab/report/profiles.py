@@ -1,6 +1,7 @@
 """What a probe found by depth: as a table, as JSON and CSV, and as a figure.
 
-Equal findings give equal bytes: no date, no path of a machine.
+Equal findings give equal bytes: no date, no path of a machine. What is not finite stands there as
+the word inf or nan, so that a network that exploded does not look like one not measured.
 """
 
 import csv
@@ -40,13 +41,27 @@ class Profile:
     summary: Mapping[str, float | str | None] = field(default_factory=dict)  # of the whole
 
     def mean(self, column: str) -> list[float | None]:
-        """Returns a column's mean over seeds at each place; None where no seed has a number."""
+        """Returns a column's mean over seeds at each place; None where no seed has a number.
+
+        It is inf or nan where a seed's number is not finite.
+        """
         return [_mean(values) for values in zip(*self.values[column], strict=True)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and all(map(math.isfinite, known)) else None
+    if not known:
+        return None
+    total = math.fsum(known) if all(map(math.isfinite, known)) else sum(known)
+    return total / len(known)
+
+
+def first_not_finite(places: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str | None:
+    """Returns the first place at which a number of any seed (`rows`) is not finite; None: none."""
+    for place, values in zip(places, zip(*rows, strict=True), strict=True):
+        if not all(value is None or math.isfinite(value) for value in values):
+            return place
+    return None
 
 
 def table(profile: Profile) -> Table:
@@ -68,7 +83,7 @@ def _cell(value: float | None) -> Cell:
 
 
 def json_text(profile: Profile) -> str:
-    """Returns all that was found, with every seed's numbers; what is not finite is null."""
+    """Returns all that was found, with every seed's numbers; what is not finite is a string."""
     found = {
         "probe": profile.probe,
         "subject": dict(profile.subject),
@@ -87,21 +102,22 @@ def json_text(profile: Profile) -> str:
 
 
 def csv_text(profile: Profile) -> str:
-    """Returns a line a seed and place, in full precision; what is not finite is empty."""
+    """Returns a line a seed and place, in full precision; what there is no number for is empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     predicted = [f"predicted_{name}" for name in profile.predicted]
     writer.writerow(["seed", "place", *profile.values, *predicted])
     for i, seed in enumerate(profile.seeds):
         for j, place in enumerate(profile.places):
-            numbers = [_clean(seeds[i][j]) for seeds in profile.values.values()]
-            numbers += [_clean(values[j]) for values in profile.predicted.values()]
+            numbers = [seeds[i][j] for seeds in profile.values.values()]
+            numbers += [values[j] for values in profile.predicted.values()]
             writer.writerow([seed, place, *numbers])
     return stream.getvalue()
 
 
 def _clean(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Returns the value, or the word inf, -inf or nan, for which JSON has no number."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def panel(profile: Profile) -> Panel:
@@ -115,7 +131,7 @@ def panel(profile: Profile) -> Panel:
         if name in profile.predicted:
             dots = look | {"linestyle": "none", "marker": "x", "markersize": 6.5}
             looks[f"predicted {label}"] = dots
-            lines.append(([_clean(value) for value in profile.predicted[name]], dots))
+            lines.append((list(profile.predicted[name]), dots))
     return Panel(
         name=profile.probe,
         title=profile.title,
@@ -133,10 +149,10 @@ def _draw(
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     for values, look in lines:
-        points = [(i, value) for i, value in enumerate(values, 1) if value is not None]
+        points = [(i, v) for i, v in enumerate(values, 1) if v is not None and math.isfinite(v)]
         if points:
             axes.plot(*zip(*points, strict=True), **look)
-    positive = [[v for v in values if v is not None and v > 0] for values, _ in lines]
+    positive = [[v for v in values if v is not None and 0 < v < math.inf] for values, _ in lines]
     # The highest line decides: what is near zero beside it may well lie on the axis.
     highest = max(filter(None, positive), key=max, default=[1.0])
     if max(highest) / min(highest) >= _SPREAD_OF_LOG_SCALE:

@@ -1,17 +1,25 @@
 """Gradients by depth: by hand, and against theory."""
 
+import dataclasses
+import math
+
+import jax
 import numpy as np
 import pytest
 
-from normlab.analysis.gradients import measure_gradients
+from normlab.analysis import gradients
+from normlab.analysis.gradients import measure_gradients, output_shapes
 from normlab.analysis.subject import fresh
 from normlab.config import load_config
 from normlab.errors import UserError
+from normlab.models import MODELS
+from normlab.models.layers import norm_layers
+from normlab.training.probe import block_paths
 
 
-def subject_of(choices, num_seeds=1, **fields):
+def subject_of(choices, num_seeds=1, data="digits", **fields):
     names = {name.replace("__", "."): value for name, value in fields.items()}
-    return fresh(load_config(f"configs/digits.py:{choices}", names), num_seeds=num_seeds)
+    return fresh(load_config(f"configs/{data}.py:{choices}", names), num_seeds=num_seeds)
 
 
 def growth(profile):
@@ -52,6 +60,82 @@ def test_a_residual_network_goes_by_its_blocks():
     )
     layers = measure_gradients(subject, by="layers")
     assert layers.places[:3] == ("norm_stem", "stage1_block1/norm1", "stage1_block1/norm2")
+
+
+FAMILIES = {cls.__module__: name for name, cls in reversed(MODELS.items())}.values()
+"""The first model of each module."""
+SHORT = {
+    "nfnet_f0": {"model__stage_sizes": (1, 1), "model__widths": (256, 256)},
+    "nf_regnet_b0": {"model__stage_sizes": (1, 1), "model__widths": (16, 24)},
+    "wide_resnet": {"model__depth": 10, "model__widen_factor": 1},
+    "vit_tiny": {"model__depth": 2},
+    "deep_mlp": {"model__depth": 2},
+}
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_every_place_of_every_family_has_a_gradient(model):
+    fields = SHORT.get(model, {})
+    if not fields and hasattr(MODELS[model], "stage_sizes"):
+        fields = {"model__stage_sizes": (1, 1)}
+    data = "mnist" if model == "lenet5" else "digits"
+    subject = subject_of(f"model={model}", data=data, train__batch_size=4, **fields)
+    parts = subject.parts
+    blocks = block_paths(parts.model, parts.info.image_shape)
+    norms = [layer.path for layer in norm_layers(parts.model, parts.info.image_shape)]
+    for chosen, places in (("blocks", blocks), ("layers", norms)):
+        if model == "vit_tiny" and chosen == "blocks":
+            assert places == ["block1/1", "block1/2", "block2/1", "block2/2"]
+            places = ["block1", "block2"]
+        assert list(output_shapes(subject, chosen, train=True)) == places
+
+
+def test_a_transformer_has_a_gradient_for_each_block():
+    fields = {"model__depth": 2, "model__width": 12, "train__batch_size": 4}
+    profile = measure_gradients(subject_of("model=vit_tiny", **fields))
+    assert profile.places == ("block1", "block2")
+    assert all(square > 0 for square in profile.mean("squared_gradient_norm"))
+
+
+def test_a_place_without_an_output_is_refused(monkeypatch):
+    monkeypatch.setattr(gradients, "_layers", lambda subject: ["norm1", "norm9"])
+    with pytest.raises(UserError, match="place 'norm9' has no output"):
+        measure_gradients(subject_of("model=mlp"))
+
+
+def test_a_gradient_that_is_zero_everywhere_is_explained_by_a_head_of_zeros():
+    small = {"model__stage_sizes": (1, 1), "model__width": 4, "train__batch_size": 4}
+    zero = measure_gradients(subject_of("model=fixup_resnet20", **small))
+    assert zero.summary["gradient"] == "zero everywhere: the head's weights are 0"
+    assert zero.mean("growth") == [None, None]
+    # Gains of 0 in the last normalizer let nothing through either, and the head is not zero.
+    flat = subject_of("model=mlp,norm=none", model__widths=(4, 4), model__activation="relu")
+    params = next(flat.draws()).variables["params"]
+    dead = jax.tree.map(lambda x: x * 0, params) | {"head": params["head"]}
+    profile = measure_gradients(dataclasses.replace(flat, variables={"params": dead}))
+    assert profile.summary["gradient"] == "zero everywhere"
+    assert "gradient" not in measure_gradients(flat).summary
+
+
+def test_a_gradient_that_overflows_is_told_from_the_loss_on():
+    """Kernels of 1e10 · identity: each layer's square is 1e20 times the next one's."""
+    linear = subject_of(
+        "model=mlp,norm=none", model__widths=(64,) * 5, model__activation="identity"
+    )
+    params = next(linear.draws()).variables["params"]
+    kernels = {f"dense{i}": 1e10 * np.eye(64, dtype=np.float32) for i in (3, 4, 5)}
+    kernels["dense1"] = params["dense1"]["kernel"] * 0  # or the logits would overflow
+    large = {name: params[name] | {"kernel": kernel} for name, kernel in kernels.items()}
+    variables = {"params": params | large}
+    profile = measure_gradients(
+        dataclasses.replace(linear, variables=variables), objective="functional"
+    )
+    squares = profile.mean("squared_gradient_norm")
+    assert squares[:3] == [math.inf] * 3
+    assert all(map(math.isfinite, squares[3:]))
+    assert profile.summary["not finite"] == "from norm3 on, back to the input"
+    assert profile.mean("growth")[2] == math.inf
+    assert math.isnan(profile.mean("growth")[0])
 
 
 def test_a_cell_of_a_loop_has_one_gradient():

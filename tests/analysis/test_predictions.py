@@ -1,5 +1,6 @@
 """Theory beside a measurement: only where its conditions hold."""
 
+import dataclasses
 import math
 
 import pytest
@@ -29,7 +30,14 @@ def test_the_growth_of_gradients_is_predicted_for_batch_norm_in_plain_networks()
     assert predicted_growth(linear) == (6 / 5, "exact for a batch of 8")
     for choices in ("model=cnn", "model=mlp,norm=layer_norm", "model=mlp,conv=weight_norm"):
         assert predicted_growth(subject_of(choices)) is None
-    assert predicted_growth(subject_of("model=mlp", norm_overrides=("norm1=none",))) is None
+    for fields in (
+        {"norm_overrides": ("norm1=none",)},
+        {"norm__epsilon": 0.01},
+        {"inputs": "data"},
+    ):
+        assert predicted_growth(subject_of("model=mlp", **fields)) is None
+    trained = dataclasses.replace(linear, variables={"params": {}})
+    assert predicted_growth(trained) is None
     ghosts["batch_stats__ghost_size"] = 2
     assert predicted_growth(subject_of("model=mlp", model__activation="identity", **ghosts)) is None
 
@@ -50,11 +58,26 @@ def test_signals_of_pre_activation_networks_by_hand():
     assert [block.stream.variance for block in free] == [1.25, 1.5, 1.25, 1.5]
 
 
+def test_the_activation_is_free_where_the_deviation_is_divided_out_before_it():
+    fields = {"model__beta": "before", "model__activation": "silu"}
+    free = signals_of("model=nf_resnet20", **NF, **fields)
+    assert [block.branch.variance for block in free] == [1.0] * 4
+
+
+NF = {"model__skip_gain": 1.0}
+
+
 @pytest.mark.parametrize(
     ("choices", "fields"),
     [
         ("model=nf_resnet20", {}),  # its skip gain is 0: β expects what is not there
         ("model=nf_resnet20", {"model__skip_gain": 1.0, "model__gain": "none"}),
+        ("model=nf_resnet20", NF | {"model__activation": "silu"}),  # 1/β behind it
+        ("model=nf_resnet20", NF | {"model__downsample": "pool"}),
+        ("model=nf_resnet20", NF | {"model__squeeze_excite": 0.5}),
+        ("model=preact_resnet20", {"model__downsample": "pool"}),
+        ("model=preact_resnet20", {"model__squeeze_excite": 0.5}),
+        ("model=preact_resnet20", {"norm__epsilon": 0.01}),
         ("model=preact_resnet20", {"inputs": "data"}),
         ("model=preact_resnet20", {"norm_overrides": ("norm_last=none",)}),
         ("model=preact_resnet20,norm=group_norm", {}),

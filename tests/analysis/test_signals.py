@@ -93,6 +93,20 @@ def test_a_model_without_blocks_shows_its_linear_layers():
     np.testing.assert_allclose(means(profile, "variance")[0], np.mean(y.var(0)), rtol=1e-4)
 
 
+def test_an_exploded_network_says_from_where_on_it_is_not_finite():
+    """Kernels of 1e12 · identity: variances of 1e24 and 1e48, which float32 does not have."""
+    fields = {"model__widths": (64, 64, 64), "model__activation": "identity"}
+    subject = subject_of("model=mlp,norm=none", **fields)
+    params = next(subject.draws()).variables["params"]
+    kernel = {"kernel": 1e12 * np.eye(64, dtype=np.float32)}
+    large = {name: params[name] | kernel for name in ("dense1", "dense2", "dense3")}
+    profile = measure_signals(dataclasses.replace(subject, variables={"params": params | large}))
+    assert profile.summary == {"not finite": "from dense2 on"}
+    assert profile.mean("variance")[0] == pytest.approx(1e24, rel=0.1)
+    assert profile.mean("variance")[1] == np.inf
+    assert measure_signals(subject).summary == {}
+
+
 def test_running_statistics_are_those_of_a_network_that_saw_nothing():
     subject = subject_of("model=mlp", model__widths=(8, 6, 4))
     by_batch, running = (

@@ -1,10 +1,14 @@
 """`normlab probe`: a table, files in a new folder, and one line for a mistake."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from normlab.analysis import signals
 from normlab.cli import main
+from normlab.errors import UserError
+from normlab.report.profiles import Profile
 
 CONFIG = "--config=configs/digits.py:model=mlp"
 SMALL = ["--config.model.widths=(8,6)", "--config.train.batch_size=16", "--seeds=2"]
@@ -32,10 +36,48 @@ def test_a_probe_prints_a_table_and_writes_four_files(what, capsys, tmp_path):
 
 
 def test_without_a_workdir_nothing_is_written(capsys, tmp_path, monkeypatch):
-    before = sorted(tmp_path.iterdir())
-    assert main(["probe", "signals", CONFIG, *SMALL]) == 0
-    assert sorted(tmp_path.iterdir()) == before
+    config = f"--config={Path('configs/digits.py').resolve()}:model=mlp"
+    monkeypatch.chdir(tmp_path)
+    assert main(["probe", "signals", config, *SMALL]) == 0
+    assert not list(tmp_path.iterdir())
     assert ".svg" not in capsys.readouterr().out
+
+
+def test_the_folder_is_made_before_measuring_and_taken_away_if_that_fails(
+    capsys, tmp_path, monkeypatch
+):
+    folder = tmp_path / "new" / "probe"
+    found = []
+
+    def fail(subject, **how):
+        found.append(folder.is_dir())
+        raise UserError("no such measurement")
+
+    monkeypatch.setattr(signals, "measure_signals", fail)
+    assert main(["probe", "signals", CONFIG, *SMALL, f"--workdir={folder}"]) == 2
+    assert found == [True]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    assert main(["probe", "signals", CONFIG, *SMALL, f"--workdir={tmp_path}/file/x"]) == 2
+    assert found == [True]  # refused before anything is measured
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_said_in_one_line(capsys, monkeypatch):
+    found = Profile(
+        probe="signals",
+        title="",
+        subject={"model": "some_net"},
+        places=("first", "second"),
+        seeds=(0,),
+        values={"variance": [[1.0, float("inf")]]},
+        summary={"not finite": "from second on", "growth": None, "ratio": 2.0},
+    )
+    monkeypatch.setattr(signals, "measure_signals", lambda subject, **how: found)
+    assert main(["probe", "signals", CONFIG, *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["not finite: from second on", "growth: –", "ratio: 2"]
+    assert lines[-4].split() == ["second", "inf"]
 
 
 @pytest.mark.parametrize(

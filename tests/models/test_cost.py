@@ -34,6 +34,46 @@ def test_resnet50_has_4_billion():
     assert count == pytest.approx(4.09e9, rel=0.003)
 
 
+def test_nf_resnet50_has_those_of_resnet50():
+    # The same convolutions in another order. torchvision's table has 4.089·10⁹ for ResNet-50.
+    nf, bn = (
+        macs(model_of(f"configs/imagenet.py:model={model}"), (224, 224, 3))
+        for model in ("nf_resnet50", "resnet50")
+    )
+    assert nf == bn
+    assert nf / 1e9 == pytest.approx(4.089, abs=0.0005)
+
+
+def test_wrn_28_10_by_hand():
+    # The stem as ResNet-20's. A 3×3 convolution of a stage's width costs the same in all three,
+    # pixels · 9 · width²: seven each. Their first ones come from fewer channels, in the second and
+    # third with stride 2, and beside them stands a 1×1 shortcut. Zagoruyko & Komodakis 2016
+    # (arXiv:1605.07146) give 5.2·10⁹ multiplications.
+    whole = 1024 * 9 * 160**2
+    assert whole == 256 * 9 * 320**2 == 64 * 9 * 640**2
+    firsts = 1024 * 16 * 160 * (9 + 1) + (256 * 160 * 320 + 64 * 320 * 640) * (9 + 1)
+    expected = 442_368 + 21 * whole + firsts + 640 * 10
+    count = macs(model_of("configs/cifar10.py:model=wide_resnet"), (32, 32, 3))
+    assert count == expected == 5_243_328_768
+
+
+def test_vgg16_by_hand():
+    # 3×3 convolutions, pixels · 9 · in · out, and three dense layers.
+    pixels = [side**2 for side in (224, 112, 56, 28, 14)]
+    pairs = [
+        [(3, 64), (64, 64)],
+        [(64, 128), (128, 128)],
+        [(128, 256), (256, 256), (256, 256)],
+        [(256, 512), (512, 512), (512, 512)],
+        [(512, 512), (512, 512), (512, 512)],
+    ]
+    convs = sum(p * 9 * sum(a * b for a, b in g) for p, g in zip(pixels, pairs, strict=True))
+    dense = 49 * 512 * 4096 + 4096**2 + 4096 * 1000
+    config = load_config("configs/imagenet.py:model=vgg16,norm=none", {"model.hidden_width": 4096})
+    # torchvision's table: 15.47·10⁹.
+    assert macs(build(config), (224, 224, 3)) == convs + dense == 15_470_264_320
+
+
 @pytest.mark.parametrize(
     "norm", ["none", "layer_norm", "group_norm", "batch_norm", "iterative_norm"]
 )

@@ -175,6 +175,24 @@ def test_branches_start_smaller_the_more_blocks_there_are(model, exponent, each)
         assert tolerance < 0.2
 
 
+def test_the_branch_shown_ends_before_multiplier_and_last_bias():
+    net = model_of(stage_sizes=(1,), width=4)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables = initial(net, x)
+    kernel = jax.random.normal(jax.random.key(2), (3, 3, 4, 4))
+
+    def branch(multiplier, bias):
+        params = dict(variables["params"])
+        scalars = {"multiplier": jnp.array(multiplier), "bias2b": jnp.array(bias)}
+        params["stage1_block1"] = params["stage1_block1"] | scalars | {"conv2": {"kernel": kernel}}
+        _, seen = net.apply({"params": params}, x, train=True, mutable=[SIGNALS])
+        [end] = seen[SIGNALS]["stage1_block1"]["branch"]
+        return np.asarray(end)
+
+    assert np.std(branch(1.0, 0.0)) > 0.1
+    np.testing.assert_array_equal(branch(3.0, 0.5), branch(1.0, 0.0))
+
+
 def test_the_last_convolution_of_each_branch_and_the_head_start_at_zero():
     for model, last in (("fixup_resnet20", "conv2"), ("fixup_resnet50", "conv3")):
         net = model_of(model, stage_sizes=(1, 1), width=8)

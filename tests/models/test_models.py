@@ -80,6 +80,15 @@ def test_lenet5_with_batch_norm_has_44878_parameters():
     )
 
 
+def test_lenet5_takes_images_from_16_pixels_on_and_says_so_of_smaller_ones():
+    config = config_of("lenet5")
+    # One position is left: 16 - 4 = 12, 6, 2, 1.
+    kernel = shapes_of(config, (16, 16, 3))["params"]["dense1"]["kernel"]
+    assert kernel.shape == (16, 120)
+    with pytest.raises(ValueError, match=r"^15×16 pixels; the smallest side is 16"):
+        shapes_of(config, (15, 16, 3))
+
+
 def test_mlp_of_three_hundred_sigmoids():
     # 784·100 + 3 norms of 200 + 2·100·100 + head 1,010; no biases beside batch norm's.
     shapes = shapes_of(config_of("mlp", data="mnist"), (28, 28, 1))

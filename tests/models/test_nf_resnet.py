@@ -83,11 +83,6 @@ def test_parameter_counts_on_imagenet(model, count):
     assert count_params(params_of(model, 64, "imagenet")) == count
 
 
-def test_counts_in_docstrings():
-    by_hand = KERNELS + 1568 + 9 + 650, RESNET50 + 16
-    assert by_hand == (272_483, 25_557_048)
-
-
 # Pairs --------------------------------------------------------------------------------------------
 
 

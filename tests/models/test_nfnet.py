@@ -9,12 +9,14 @@ from signal_nets import net_of, noise, signals, start
 from test_nf_resnet import apply_conv, drawn
 
 from normlab.config import load_config
+from normlab.errors import UserError
 from normlab.models import build, count_params
 from normlab.models.activations import RELEASED_GAINS
 from normlab.models.cost import macs
 from normlab.models.nf_regnet import NFRegNetB0
 from normlab.models.nfnet import NFNetF0
 from normlab.models.weight_space import ScaledWeightStandardization
+from normlab.training.setup import build_parts
 
 
 def model_of(name, **fields):
@@ -173,11 +175,26 @@ def test_it_is_the_released_network(name):
 
 def test_blocks_that_keep_the_shape_start_as_the_identity():
     _, cls, fields = NETS["nfnet"]
-    net, x = net_of(cls, **fields | {"stage_sizes": (2,)}), noise(0, (2, 16, 16, 3))
+    net, x = (
+        net_of(cls, **fields | {"stage_sizes": (2,), "widths": (16,)}),
+        noise(0, (2, 16, 16, 3)),
+    )
     found = signals(net, start(net, x), x)
     np.testing.assert_array_equal(
         found["stage1_block1"]["stream"], found["stage1_block2"]["stream"]
     )
+
+
+@pytest.mark.parametrize("model", ["nfnet_f0", "nf_regnet_b0"])
+@pytest.mark.parametrize("widths", [(16, 32, 32), (16, 32, 32, 32, 32)])
+def test_a_stage_without_a_width_is_refused_in_one_line(model, widths):
+    config = load_config(f"configs/cifar10.py:model={model}", {"model.widths": widths})
+    with pytest.raises(UserError) as error:
+        build_parts(config, need_data=False)
+    line = str(error.value)
+    assert line.startswith(f"config field 'model.widths' = {widths} has {len(widths)} numbers")
+    assert "'model.stage_sizes' = " in line
+    assert "\n" not in line
 
 
 # NF-RegNets ---------------------------------------------------------------------------------------
@@ -218,3 +235,28 @@ def test_parameters_of_nf_regnets(variant, depths, widths, final):
     net = model_of(f"nf_regnet_{variant}")
     assert count_of(net) == regnet_count(depths, widths, final)
     assert net.head_deviation == 0
+
+
+def regnet_macs(depths, widths, final, side):
+    """The same sum for one image: kernels times the pixels behind them; every stage has stride 2.
+
+    The first 1×1 of a block stands before the stride, its shortcut's 1×1 behind the average.
+    """
+    side //= 2
+    total, before = side**2 * 9 * 3 * widths[0], widths[0]
+    for stage, (depth, out) in enumerate(zip(depths, widths, strict=True)):
+        for number in range(depth):
+            inner = before if stage + number == 0 else before * 9 // 4
+            inner -= inner % 8
+            total += side**2 * before * inner
+            side = side // 2 if number == 0 else side
+            total += side**2 * (9 * 8 * inner + inner * out + (before * out if number == 0 else 0))
+            total += 2 * inner * (inner // 2)  # the gates, once an image
+            before = out
+    return total + side**2 * before * final + final * 1000
+
+
+def test_multiply_accumulates_of_nf_regnet_b0():
+    count = macs(model_of("nf_regnet_b0"), (224, 224, 3))
+    assert count == regnet_macs((1, 3, 6, 6), (36, 78, 156, 330), 960, 224)
+    assert count / 1e9 == pytest.approx(0.444, abs=0.0005)

@@ -51,10 +51,6 @@ def test_parameter_counts_on_cifar(model, count):
     assert count_params(shapes_of(model_of(f"cifar10.py:model={model}"), 32)) == count
 
 
-def test_preact_resnet20_has_the_count_in_its_docstring():
-    assert PREACT20 == 272_282
-
-
 def test_preact_resnet50_has_resnet50s_parameters_but_for_the_norms_places():
     # torchvision's ResNet-50 has 25,557,032. It has a norm of 64 in the stem and one behind each
     # shortcut and each block's last convolution, which here stand before the first convolution.
@@ -214,6 +210,8 @@ def test_bfloat16_stays_in_the_stream():
         ("nf_resnet20", {"model.alpha": -1.0}, "'model.alpha' = -1.0 must be 0.0 or more"),
         ("nf_resnet20", {"model.stochastic_depth": 1.0}, "must be from 0.0 to 0.99"),
         ("nf_resnet20", {"model.dropout": 1.5}, "'model.dropout' = 1.5 must be from 0.0 to 0.99"),
+        ("nf_resnet20", {"model.squeeze_excite": 1.5}, "must be from 0.0 to 1.0"),
+        ("deep_mlp", {"model.depth": 10_001}, "'model.depth' = 10001 must be from 1 to 10000"),
         ("wide_resnet", {"model.depth": 27}, "'model.depth' = 27 is not 6n + 4; nearest: 28"),
         ("wide_resnet", {"model.depth": 2}, "'model.depth' = 2 is not 6n + 4; nearest: 10"),
         (

@@ -33,12 +33,30 @@ def test_a_table_has_means_over_seeds_and_predictions_beside_them():
     assert rows == [["first", "2", "1", "1.25"], ["second", "3", "–", "–"]]
 
 
-def test_a_mean_over_a_number_that_is_not_finite_is_none():
-    values = {"variance": [[1.0, 2.0], [math.inf, 4.0]]}
-    found = profile(values=values, predicted={}, drawn=("variance",))
-    assert found.mean("variance") == [None, 3.0]
-    assert json.loads(profiles.json_text(found))["values"]["variance"] == [[1, 2], [None, 4]]
+def refuse(word):
+    raise ValueError(f"{word} is no JSON")
+
+
+def test_what_is_not_finite_is_not_what_was_not_measured():
+    values = {"variance": [[1.0, math.nan, 3.0], [math.inf, 4.0, None]]}
+    places = ("first", "second", "third")
+    found = profile(places=places, values=values, predicted={}, drawn=("variance",))
+    assert str(found.mean("variance")) == "[inf, nan, 3.0]"
+    rows = [[str(cell) for cell in row] for row in profiles.table(found).rows]
+    assert rows == [["first", "inf"], ["second", "nan"], ["third", "3"]]
+    data = json.loads(profiles.json_text(found), parse_constant=refuse)
+    assert data["values"]["variance"] == [[1, "nan", 3], ["inf", 4, None]]
+    lines = list(csv.reader(io.StringIO(profiles.csv_text(found))))
+    assert [line[2] for line in lines[1:]] == ["1.0", "nan", "3.0", "inf", "4.0", ""]
     assert list(canvas.files([profiles.panel(found)]))
+
+
+def test_the_first_place_of_any_seed_that_is_not_finite():
+    places = ("first", "second", "third")
+    rows = [[1.0, None, math.inf], [1.0, math.nan, 2.0]]
+    assert profiles.first_not_finite(places, rows) == "second"
+    assert profiles.first_not_finite(places, rows[:1]) == "third"
+    assert profiles.first_not_finite(places, [[1.0, None, 0.0]]) is None
 
 
 def test_data_keep_each_seed_in_full_precision():
