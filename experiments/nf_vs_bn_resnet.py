@@ -24,11 +24,9 @@ from normlab.experiment import (
 NETS = grid({"norm": ["batch_norm"]}, fixed={"model": "preact_resnet20"}) + grid(
     {"norm": ["none"]}, fixed={"model": "nf_resnet20"}
 )
-GROUPS = settings(
-    {
-        "whole batch": {"batch_stats.scope": "global"},
-        "groups of 4": {"batch_stats.scope": "ghost", "batch_stats.ghost_size": 4},
-    }
+WHOLE = settings({"whole batch": {"batch_stats.scope": "global"}})
+GROUPS = WHOLE + settings(
+    {"groups of 4": {"batch_stats.scope": "ghost", "batch_stats.ghost_size": 4}}
 )
 
 RECIPE = {
@@ -75,7 +73,7 @@ EXPERIMENT = Experiment(
         "cpu": Scale(
             "configs/cifar10.py",
             {**RECIPE, "train.num_epochs": 2.0, "eval.every_epochs": 0.25},
-            sweep=NETS,
+            sweep=NETS * WHOLE,
             verdict=all_of(
                 above("none", 50.0),
                 close("none", "batch_norm", margin=10.0),
