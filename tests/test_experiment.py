@@ -349,10 +349,12 @@ def test_the_list_says_what_a_command_needs_besides(capsys):
     assert main(["paper"]) == 0
     lines = capsys.readouterr().out.splitlines()
     needs_data = {tuple(x.split()[:2]) for x in lines if x.endswith("--config.data.path=PATH")}
+    on_cifar = "normalizer_comparison agc_batch_size agc_layers agc_threshold nf_vs_bn_resnet"
     assert needs_data == {
         ("batch_norm_mnist", "cpu"),
         ("normalizer_comparison", "cpu"),
-        ("normalizer_comparison", "cifar"),
+        ("nf_vs_bn_resnet", "cpu"),
+        *((name, "cifar") for name in (*on_cifar.split(), "skipinit_depth")),
     }
 
 

@@ -90,6 +90,7 @@ def test_every_place_of_every_family_has_a_gradient(model):
         assert list(output_shapes(subject, chosen, train=True)) == places
 
 
+@pytest.mark.slow
 def test_a_transformer_has_a_gradient_for_each_block():
     fields = {"model__depth": 2, "model__width": 12, "train__batch_size": 4}
     profile = measure_gradients(subject_of("model=vit_tiny", **fields))
@@ -103,6 +104,7 @@ def test_a_place_without_an_output_is_refused(monkeypatch):
         measure_gradients(subject_of("model=mlp"))
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_zero_everywhere_is_explained_by_a_head_of_zeros():
     small = {"model__stage_sizes": (1, 1), "model__width": 4, "train__batch_size": 4}
     zero = measure_gradients(subject_of("model=fixup_resnet20", **small))

@@ -77,6 +77,7 @@ def test_weights_of_mixup_are_betas() -> None:
     assert abs(weights.var() - 0.1786) < 0.01
 
 
+@pytest.mark.slow
 def test_each_share_is_exact_and_neither_moves_the_other() -> None:
     count = 40
     images = numbered(count)

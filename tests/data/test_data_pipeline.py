@@ -145,6 +145,7 @@ def test_targets_are_soft_only_where_examples_are_mixed() -> None:
         assert (targets.shape, targets.dtype) == ((20, 10), jnp.float32)
 
 
+@pytest.mark.slow
 def test_randaugment_comes_after_mixing_and_moves_no_other_draw() -> None:
     mixed, targets = batch_of(flip=True, mixup_alpha=0.2)
     both, same = batch_of(flip=True, mixup_alpha=0.2, randaugment_layers=1)

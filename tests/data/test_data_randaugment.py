@@ -123,6 +123,7 @@ def test_each_image_has_its_own_operation_and_no_other() -> None:
             np.testing.assert_array_equal(got[place], apply(name, 10, images=images[:1])[0])
 
 
+@pytest.mark.slow
 def test_all_operations_are_drawn_and_each_layer_draws_anew() -> None:
     images = jnp.asarray(np.repeat(IMAGES[:1, :8, :8], 256, 0))
     run = jax.jit(rand_augment, static_argnames=("layers", "magnitude"))

@@ -30,6 +30,8 @@ def smaller(words):
     """The same command on a net of one layer and for two steps."""
     if words[1] == "sweep":
         return [*words, "--seeds=2", "--config.train.num_steps=10"]
+    if words[1] == "probe":
+        return [*words, "--seeds=1", "--config.model.stage_sizes=(1,)", "--config.model.width=4"]
     if words[1] not in ("train", "compare"):
         return words
     if any("model=nf_resnet20" in word for word in words):

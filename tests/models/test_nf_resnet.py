@@ -137,6 +137,7 @@ def test_variance_is_1_on_the_branch_and_grows_by_alpha_squared_on_the_stream(fi
         assert block["stream"][1] == pytest.approx(1 + number * alpha**2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_sum_starts_from_1_again_at_a_stage():
     net = net_of(NFResNet20, width=256, stage_sizes=(2, 2), skip_gain=1.0, conv=TORUS_WS)
     found = moments(net, 3, (32, 8, 8, 256))
@@ -144,6 +145,7 @@ def test_the_sum_starts_from_1_again_at_a_stage():
         assert found[name]["stream"][1] == pytest.approx(variance, rel=0.01)
 
 
+@pytest.mark.slow
 def test_undivided_a_branch_has_the_variance_of_the_stream():
     # Of α = 1: 1, 2, 4, since relu is homogeneous.
     fields = {"skip_gain": 1.0, "conv": TORUS_WS, "beta": "none", "alpha": 1.0}
@@ -152,6 +154,7 @@ def test_undivided_a_branch_has_the_variance_of_the_stream():
         assert block["branch"][1] == pytest.approx(2**number, rel=0.03)
 
 
+@pytest.mark.slow
 def test_behind_or_before_the_activation_is_one_for_relu_and_not_for_tanh():
     x = noise(0, (2, 8, 8, 3))
     for activation, equal in ((jax.nn.relu, True), (jnp.tanh, False)):

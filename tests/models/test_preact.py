@@ -190,6 +190,7 @@ def test_same_padding_at_a_stride_is_another_network():
     assert not np.allclose(a["stage2_block1"]["branch"], b["stage2_block1"]["branch"])
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_in_the_stream():
     net = net_of(PreActResNet20, **SMALL, dtype="bfloat16", skip_gain=1.0, squeeze_excite=0.5)
     x = noise(0, (2, 8, 8, 3))

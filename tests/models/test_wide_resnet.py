@@ -70,6 +70,7 @@ def test_skipinit_has_biases_in_place_of_norms_and_a_scalar_a_block():
     assert count_of("model=skipinit_resnet") == kernels(2, 2) + biases + 6 + 1290
 
 
+@pytest.mark.slow
 def test_dropout_in_blocks_stands_before_the_last_convolution():
     net = net_of(WideResNet, depth=10, widen_factor=1, block_dropout=0.5)
     x = noise(0, (4, 8, 8, 3))
@@ -99,6 +100,7 @@ def test_dropout_in_blocks_stands_before_the_last_convolution():
     assert np.linalg.norm(dropped - branch(plain)) / np.linalg.norm(branch(plain)) > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start_value", [0.0, 0.5])
 def test_skipinit_multiplies_the_branch(start_value):
     net, x = net_of(SkipInitResNet, **TINY, skip_gain=start_value), noise(0, (2, 8, 8, 3))

@@ -95,6 +95,7 @@ def test_percentiles_of_many_values_are_those_of_a_sample_of_all_channels():
     assert found["norm1/p85"] == pytest.approx(1300, abs=5)
 
 
+@pytest.mark.slow
 def test_with_running_statistics_of_the_batch_itself_the_gaps_are_zero():
     config = small(probe__layers=("*",), norm__momentum=0.0)
     parts, variables, data, _ = metrics_of(config, step=0)

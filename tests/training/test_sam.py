@@ -54,6 +54,7 @@ def test_a_step_on_a_parabola_by_hand():
     assert float(loss(ascended(params, loss(params), 0.5))["w"][0]) == pytest.approx(5.0)
 
 
+@pytest.mark.slow
 def test_three_steps_are_optaxs():
     """Momentum and all, on a net without batch statistics, which optax's function cannot return."""
     parts = parts_of(optim__base_lr=0.1, optim__weight_decay=0.01)
