@@ -4,9 +4,8 @@ Which threshold of adaptive gradient clipping, λ from 0.01 to 0.16, suits which
 learning rate scaled along: small batches stand a large λ, large ones need a small. Numbers are in
 a figure only.
 
-The hypothesis on the smallest batch was reworded after smoke runs of `agc_batch_size` had shown
-λ = 0.01 far behind no clipping there: it asked first that the smallest and the largest λ be within
-two points of each other, which these runs contradict, and asks now that the largest be no worse.
+The hypothesis on the smallest batch, that all λ do alike there, was declared before any run. In short
+runs it is contradicted in the direction of the claim: a small λ holds back a small batch.
 """
 
 from normlab.experiment import (
@@ -16,6 +15,7 @@ from normlab.experiment import (
     Scale,
     above,
     all_of,
+    close,
     grid,
     settings,
 )
@@ -38,12 +38,12 @@ def thresholds(sizes: tuple[int, ...], clippings: tuple[float, ...]) -> Grid:
 
 
 def verdict(sizes: tuple[int, ...], clippings: tuple[float, ...]):
-    """Returns: the smallest λ is best at the largest batch, the largest as good at the smallest."""
+    """Returns: the smallest λ is better at the largest batch, and costs little at the smallest."""
     small, large = (f"B={size}" for size in (sizes[0], sizes[-1]))
     low, high = (f"λ={clipping}" for clipping in (clippings[0], clippings[-1]))
     return all_of(
         above(("none", f"{large}, {low}"), ("none", f"{large}, {high}")),
-        above(("none", f"{small}, {high}"), ("none", f"{small}, {low}"), margin=-1.0),
+        close(("none", f"{small}, {low}"), ("none", f"{small}, {high}"), margin=2.0),
     )
 
 
