@@ -4,8 +4,8 @@ Which threshold of adaptive gradient clipping, λ from 0.01 to 0.16, suits which
 learning rate scaled along: small batches stand a large λ, large ones need a small. Numbers are in
 a figure only.
 
-The hypothesis on the smallest batch, that all λ do alike there, was declared before any run. In short
-runs it is contradicted in the direction of the claim: a small λ holds back a small batch.
+The hypothesis on the smallest batch, that all λ do alike there, was declared before any run. In
+short runs it is contradicted in the direction of the claim: a small λ holds back a small batch.
 """
 
 from normlab.experiment import (
