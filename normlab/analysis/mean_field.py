@@ -64,14 +64,11 @@ class BlockSignal(NamedTuple):
     stream: Signal
 
 
-def after_layer(
-    signal: Signal, activation: Activation, weight_variance: float = 2.0, *, centered: bool = False
-) -> Signal:
+def after_layer(signal: Signal, activation: Activation, weight_variance: float = 2.0) -> Signal:
     """Returns the signal behind a random layer W φ(x), Var W = weight_variance / fan-in.
 
     A channel is x = √mean_squared·u + √variance·v with independent normal u (one a channel) and v
-    (one a value), so the mean of φ is E_v φ, a function of u. `centered`: each row of W sums to
-    zero, as those of standardized weights, and takes off what all channels' means share.
+    (one a value), so the mean of φ is E_v φ, a function of u.
     """
     z, weights = normal_quadrature()
     u = np.sqrt(signal.mean_squared) * z if signal.mean_squared else np.zeros(1)
@@ -80,9 +77,8 @@ def after_layer(
     means = values @ weights
     second_moment = over_u @ (values**2 @ weights)
     mean_squared = over_u @ means**2
-    common = (over_u @ means) ** 2 if centered else 0.0
     return Signal(
-        float(weight_variance * (mean_squared - common)),
+        float(weight_variance * mean_squared),
         float(weight_variance * (second_moment - mean_squared)),
     )
 
