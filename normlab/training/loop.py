@@ -68,11 +68,28 @@ def train(
         with run.log_to(folder / "log.txt"), run.failure_noted(folder):
             began = time.perf_counter()
             parallel.enable_compilation_cache(config)
-            mesh = parallel.make_mesh()
+            mesh = parallel.make_mesh(config)
             data = load_data(config, mesh)
         check_fingerprint(folder, config, data.fingerprint)
         with run.log_to(folder / "log.txt"), run.failure_noted(folder):
             return _Run(parts, folder, overrides or {}, progress, mesh, data, began).finish()
+
+
+def train_step_of(parts: Parts) -> Callable[[TrainState, Batch], TrainState]:
+    """Returns the step of training that the parts describe."""
+    config = parts.config
+    return make_train_step(
+        parts.replica,
+        parts.direction,
+        parts.schedule,
+        label_smoothing=config.train.label_smoothing,
+        ema_decay=config.train.ema_decay,
+        ema_warmup=config.train.ema_warmup,
+        sam_rho=config.optim.sam_rho,
+        max_nonfinite=config.train.max_nonfinite,
+        microbatches=config.train.microbatches,
+        axis_name=parallel.axis_name(config),
+    )
 
 
 class _Run:
@@ -94,6 +111,13 @@ class _Run:
         self.clock, self.last_sign = began, time.perf_counter()
         self.compiler = parallel.Compiler()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
+        self.take_steps = parallel.take_steps(
+            train_step_of(parts),
+            self._make_batch,
+            parallel.make_layout(config),
+            self.mesh,
+            self.compiler,
+        )
 
         state = create_state(parts, self.compiler)
         if parts.model.conv.starts_from_data:
@@ -167,9 +191,7 @@ class _Run:
             for data, rows in batches:
                 if signals.received is not None:
                     break
-                arguments = (self.state, data, seed, rows)
-                dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
-                self.state = dispatch(*arguments)
+                self.state = self.take_steps(self.state, data, seed, rows)
                 self.step += len(rows)
                 self._heartbeat()
                 if self.step - looked >= config.train.max_nonfinite:
@@ -193,25 +215,10 @@ class _Run:
             self.progress(self.step, self.parts.length.num_steps, line)
             self.last_sign = time.perf_counter()
 
-    def _dispatch(self, state: TrainState, data: Any, seed: Array, rows: Array) -> TrainState:
-        """Takes one step for each row of `rows` (int32 [steps, batch]); traced, never run as is."""
-        config = self.parts.config
-
-        def make_batch(seed: Array, step: Array, indices: Array) -> Batch:
-            made = training_batch(data, config.data, self.parts.info, seed, step, indices)
-            return Batch(*made, key=dropout_key(seed, step))
-
-        train_step = make_train_step(
-            self.parts.model,
-            self.parts.direction,
-            self.parts.schedule,
-            label_smoothing=config.train.label_smoothing,
-            ema_decay=config.train.ema_decay,
-            ema_warmup=config.train.ema_warmup,
-            sam_rho=config.optim.sam_rho,
-            max_nonfinite=config.train.max_nonfinite,
-        )
-        return parallel.steps(train_step, make_batch, state, seed, rows, self.mesh)
+    def _make_batch(self, data: Any, seed: Array, step: Array, indices: Array) -> Batch:
+        """Returns a step's batch; traced, never run as is."""
+        made = training_batch(data, self.parts.config.data, self.parts.info, seed, step, indices)
+        return Batch(*made, key=dropout_key(seed, step))
 
     # Events --------------------------------------------------------------------------------------
 
