@@ -34,8 +34,9 @@ def num_devices() -> int:
 
 
 def make_mesh() -> Mesh:
-    """Returns the mesh of all devices, axis `data`."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    """Returns the mesh of all devices, axis `data`; those of a process stand together."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",))
 
 
 def check_batch(config: ConfigDict) -> None:
@@ -65,8 +66,37 @@ def steps_per_dispatch(config: ConfigDict, resident: bool = True) -> int:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts every array of the tree whole onto every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Puts every array of the tree whole onto every device; all processes give the same arrays."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: Any) -> Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)
+
+
+def splittable(count: int, mesh: Mesh) -> int:
+    """Returns the least number of rows from `count` on that the devices can share."""
+    return -(-count // mesh.size) * mesh.size
+
+
+def own_rows(count: int, mesh: Mesh) -> slice:
+    """Returns which of the `count` rows of a batch this process's devices hold: consecutive ones.
+
+    `count` is a multiple of the number of devices.
+    """
+    places = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((count,))
+    bounds = [index[0].indices(count) for index in places.values() if index is not None]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Lays arrays over the devices, each giving this process's rows (`own_rows`) of a batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def shard_rows(array: Array, mesh: Mesh) -> Array:
@@ -109,7 +139,11 @@ class Compiler:
         key = (name, jax.tree.structure(arguments), shapes)
         if key not in self._compiled:
             start = time.perf_counter()
-            jitted = jax.jit(function, donate_argnums=donate)
+            # What all processes are to read must be whole in each; XLA alone may leave it in parts.
+            whole: dict[str, Any] = {}
+            if jax.process_count() > 1:
+                whole = {"out_shardings": NamedSharding(make_mesh(), PartitionSpec())}
+            jitted = jax.jit(function, donate_argnums=donate, **whole)
             self._compiled[key] = jitted.lower(*arguments).compile()
             self.seconds += time.perf_counter() - start
         return self._compiled[key]
