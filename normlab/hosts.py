@@ -4,13 +4,15 @@ Imports no JAX. What they do together stands in `training/processes.py`.
 """
 
 import ctypes
+import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import IO
 
 from normlab.environment import entry_environment
 from normlab.errors import UserError
@@ -23,7 +25,8 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, sign
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Which process of a run this one is."""
 
     coordinator: str  # HOST:PORT, where process 0 listens
@@ -165,18 +168,21 @@ def is_watched() -> bool:
     return _WATCHED in os.environ
 
 
-def watch(arguments: list[str], place: Place) -> int:
+def watch(arguments: list[str], place: Place, timeout: int) -> int:
     """Runs `python -m normlab ARGUMENTS` in a process of its own; returns the exit code.
 
-    JAX aborts a process whose coordinator is gone, or that is told by it that another is: that
-    cannot be caught from within. So this one waits outside and says what happened. It hands on the
-    signals that it gets, and its end is the end of the other, too.
+    JAX aborts a process whose coordinator is gone, or that hears from it that another is, or waits
+    for one longer than `timeout` seconds: that cannot be caught from within. So this one waits
+    outside and says what happened. It hands on the signals that it gets, and its end, even by
+    SIGKILL, is the other's end.
     """
-    environment = {**os.environ, **entry_environment(), _WATCHED: "1"}
     libc = ctypes.CDLL(None)
     child = subprocess.Popen(
         [sys.executable, "-m", "normlab", *arguments],
-        env=environment,
+        env={**os.environ, **entry_environment(), _WATCHED: "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
         process_group=0,  # Ctrl-C at a terminal reaches it once: from here
         preexec_fn=lambda: libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL),
     )
@@ -184,29 +190,54 @@ def watch(arguments: list[str], place: Place) -> int:
         number: signal.signal(number, lambda number, _: child.send_signal(number))
         for number in _FORWARDED
     }
+    last_words: list[str] = []
+    listener = threading.Thread(target=_listen, args=(child.stderr, last_words), daemon=True)
+    listener.start()
     try:
         code = child.wait()
+        listener.join(timeout=5)  # what it has started itself may hold the pipe open
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code >= 0:
-        return code
-    print(f"normlab: {_post_mortem(-code, place)}", file=sys.stderr, flush=True)
-    return 1
+    message = _death(-code, place) if code < 0 else ""
+    own = [line for line in last_words if line.startswith("normlab: ")]
+    if last_words and not own and code == -signal.SIGABRT:
+        message = lost(place.index, place.count, timeout)
+    else:
+        sys.stderr.writelines(own or last_words)
+    if message:
+        print(f"normlab: {message}", file=sys.stderr, flush=True)
+    return code if code >= 0 else 1
 
 
-def _post_mortem(number: int, place: Place) -> str:
+_DYING = re.compile(r"[EF]\d{4} [\d:.]+ +\d+ (coordination_service|client\.h)")
+"""How the lines begin with which JAX says that it ends the process, before a stack trace."""
+
+
+def _listen(lines: IO[str], last_words: list[str]) -> None:
+    """Passes lines on to stderr; those of JAX's abort and all behind them go to `last_words`."""
+    for line in lines:
+        if last_words or _DYING.match(line):
+            last_words.append(line)
+        else:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+
+_RESTART = "start all processes again with the same command, and the run goes on"
+
+
+def lost(index: int, count: int, timeout: int | None = None) -> str:
+    """Returns the line of process `index` of `count` that finds another one gone.
+
+    With `timeout`, the seconds for which it may have waited to hear from it.
+    """
+    silent = "" if timeout is None else f" or was not heard of for {timeout} seconds"
+    return f"process {index} of {count} stops: another process has ended{silent}; {_RESTART}"
+
+
+def _death(number: int, place: Place) -> str:
     """Returns the line about a process that died of a signal."""
-    if number == signal.SIGABRT:  # JAX's way out
-        return lost(place.index, place.count)
-    who = f"process {place.index} of {place.count}"
     why = " (the out-of-memory killer?)" if number == signal.SIGKILL else ""
-    return f"{who} was ended by {signal.Signals(number).name}{why}; {RESTART}"
-
-
-RESTART = "start all processes again with the same command, and the run goes on"
-
-
-def lost(index: int, count: int) -> str:
-    """Returns the line of process `index` of `count` that finds another one gone."""
-    return f"process {index} of {count} ended, for another process is lost; {RESTART}"
+    name = signal.Signals(number).name
+    return f"process {place.index} of {place.count} was ended by {name}{why}; {_RESTART}"

@@ -136,7 +136,7 @@ class Streamed:
         for images, labels, shape in prefetched(_chunks(len(indices), together), decode):
             places = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
             placed = self._placed(images, labels, shape[1])
-            yield placed if shape[0] == 1 else tuple(placed), places
+            yield placed if shape[0] == 1 else (placed.images, placed.labels), places
 
     def _cropped(self, rows: np.ndarray, parts: Any) -> tuple[np.ndarray, np.ndarray]:
         return self.images.cropped(rows, parts, self.info.image_shape, self.config.interpolation)

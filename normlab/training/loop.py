@@ -59,7 +59,7 @@ def train(
     """
     folder = Path(workdir)
     parts = processes.agreed(lambda: build_parts(config))
-    processes.check_same("config", shared_config(config))
+    processes.check_same("config field", shared_config(config))
     with contextlib.ExitStack() as held:
 
         def take_folder() -> dict[str, Any] | None:
@@ -79,7 +79,7 @@ def train(
             parallel.enable_compilation_cache(config)
             mesh = parallel.make_mesh()
             data = processes.agreed(lambda: load_data(config, mesh))
-        processes.check_same("data of fingerprint", data.fingerprint)
+        processes.check_same("data's", {"fingerprint": data.fingerprint})
         processes.from_first(lambda: check_fingerprint(folder, config, data.fingerprint))
         with _noted(folder):
             return _Run(parts, folder, overrides or {}, progress, mesh, data, began).finish()

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from normlab.errors import MachineFault, UserError, one_line
 from normlab.hosts import Place, lost
+from normlab.run import first_difference
 from normlab.training import parallel
 from normlab.training.signals import Interrupted
 
@@ -165,13 +166,18 @@ def from_first(work: Callable[[], T]) -> T:
     return exchange(agreed(lambda: work() if is_first() else None))[0]
 
 
-def check_same(what: str, value: Any) -> None:
-    """Raises EndedTogether in all processes if one of them has another value (of JSON)."""
-    values = exchange(value)
-    for index, other in enumerate(values):
-        if other != values[0]:
+def check_same(what: str, facts: Mapping[str, Any]) -> None:
+    """Raises EndedTogether in all processes if they have not the same `facts`, values of JSON.
+
+    `what` says of what kind they are.
+    """
+    given = exchange(dict(facts))
+    for index, other in enumerate(given):
+        difference = first_difference(given[0], other)
+        if difference:
+            name, first, here = difference
             raise EndedTogether(
-                f"process {index} has {what} {other!r}, process 0 {values[0]!r}; "
+                f"{what} {name!r} is {first!r} in process 0 and {here!r} in process {index}; "
                 "start all with the same command and the same data",
                 UserError.exit_code,
             )
