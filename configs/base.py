@@ -80,6 +80,8 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 128  # examples per step, over all devices
     add_duration(config, "train.num", ("steps", "epochs", "examples"), epochs=10.0)  # run length
+    config.train.microbatches = 1  # parts of a batch whose gradients are accumulated one by one
+    config.train.remat = False  # keep a residual block's input alone, and compute it again backward
     config.train.label_smoothing = 0.0  # probability mass spread evenly over the classes
     config.train.max_nonfinite = 10  # steps in a row with a non-finite value that end a run
     config.train.ema_decay = optional(float)  # of the moving average of weights and statistics
@@ -107,6 +109,9 @@ def get_config(argument: str = "", **defaults: str) -> ConfigDict:
     config.checkpoint.keep = optional(int)  # newest checkpoints to keep; none: all of them
 
     config.parallel = ConfigDict()
+    config.parallel.mode = "jit"  # jit (one program over all devices) or pmap (a replica a device)
+    config.parallel.num_devices = optional(int)  # devices that share a batch; none: all there are
+    config.parallel.pad_batch = False  # pad and mask a batch that the devices do not divide
     config.parallel.steps_per_dispatch = optional(int)  # none: 1 on CPU, 50 on accelerators
     config.parallel.compilation_cache = optional(str)  # folder, or off; none: the user's cache
     return config

@@ -36,8 +36,11 @@ UNITS = ("steps", "epochs", "examples", "fraction")
 READ_ONLY = {"norm": "norm", "model": "model", "conv": "conv", "optim": "optimizer"}
 """Sections whose `kind` is chosen after the colon, with the name of that choice."""
 
-_NOT_IDENTITY = ("log", "checkpoint", "parallel", "data.path", "probe.layers", "probe.signals")
-"""Sections and fields that change no result, only what is written beside it."""
+_NOT_IDENTITY = (
+    *("log", "checkpoint", "parallel", "data.path", "probe.layers", "probe.signals"),
+    *("train.microbatches", "train.remat"),
+)
+"""Sections and fields that change no result, only how it is computed and what is written beside."""
 
 
 # Building configs (used by configs/*.py) ---------------------------------------------------------

@@ -64,7 +64,7 @@ def contenders(config: Any) -> tuple[Any, Any, int]:
     from normlab.training.probe import block_paths, layer_metrics
     from normlab.training.setup import build_parts
     from normlab.training.state import create_state
-    from normlab.training.step import make_train_step
+    from normlab.training.step import Batch, make_train_step
 
     parts = build_parts(config, need_data=False)
     config.probe.signals = bool(block_paths(parts.model, parts.info.image_shape))
@@ -78,17 +78,15 @@ def contenders(config: Any) -> tuple[Any, Any, int]:
     state = parallel.replicate(create_state(parts, compiler), mesh)
     train_step = make_train_step(parts.model, parts.direction, parts.schedule)
 
-    def dispatch(state: Any, data: Any, seed: Any, rows: Any) -> Any:
-        def make_batch(seed: Any, step: Any, indices: Any) -> Any:
-            return training_batch(data, config.data, parts.info, seed, step, indices)
+    def make_batch(data: Any, seed: Any, step: Any, indices: Any) -> Batch:
+        return Batch(*training_batch(data, config.data, parts.info, seed, step, indices))
 
-        return parallel.steps(train_step, make_batch, state, seed, rows, mesh)
+    layout = parallel.make_layout(config)
+    take = parallel.take_steps(train_step, make_batch, layout, mesh, compiler)
 
     def step() -> None:
         nonlocal state
-        arguments = (state, feed.examples, seed, rows)
-        state = compiler("train", dispatch, *arguments, donate=(0,))(*arguments)
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(take(state, feed.examples, seed, rows))
 
     def look() -> None:
         where = (config, parts.model, parts.info, compiler, mesh)

@@ -22,13 +22,13 @@ Examples = tuple[Array, Array]  # images uint8 [N, H, W, C], labels int32 [N]
 
 
 class Arranged(NamedTuple):
-    """Examples that are the batch itself, in its order: indices into them are not looked at.
+    """Examples that are the batch itself, in its order, and maybe padding behind it.
 
-    So each may stay on the device that is to have it.
+    Indices into them are counted and not looked at, so each may stay on the device that has it.
     """
 
-    images: Array  # uint8 [B, H, W, C]
-    labels: Array  # int32 [B]
+    images: Array  # uint8 [B + padding, H, W, C]
+    labels: Array  # int32 [B + padding]
 
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -113,7 +113,8 @@ def fetch(examples: Examples, indices: Array, info: DatasetInfo) -> tuple[Array,
     """
     images, labels = examples
     if isinstance(examples, Arranged):
-        return standardized(images, info), labels
+        count = len(indices)
+        return standardized(images[:count], info), labels[:count]
     chosen = jnp.take(images, indices, axis=0)
     return standardized(chosen, info), jnp.take(labels, indices, axis=0)
 

@@ -39,6 +39,7 @@ class BatchGroupNorm(BatchNormalizer):
     strict: bool = True  # refuse a grouping that does not divide the channels, or settle it
 
     stateful: ClassVar[bool] = True
+    averages_groups: ClassVar[bool] = False  # its variance has the spread of the groups' means
     facts: ClassVar[Facts] = Facts(
         over="N H W C/G",
         at_inference="running mean and variance, pooled",

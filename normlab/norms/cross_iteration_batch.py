@@ -36,15 +36,16 @@ from normlab.norms.backward import share_of_mean
 from normlab.norms.functional import Moments, normalize, pool_moments, statistics_dtype
 from normlab.norms.groups import (
     GroupedBatch,
-    Grouping,
+    WholeBatchNormalizer,
     all_finite,
     gathers_moments,
     group_batch,
     moving_averages,
     sow_moments,
+    summed_over_devices,
+    whole_batch,
 )
 from normlab.norms.normalizer import (
-    AffineNormalizer,
     Facts,
     LayerBefore,
     output_dtype,
@@ -52,7 +53,7 @@ from normlab.norms.normalizer import (
 )
 
 
-class CrossIterationBatchNorm(AffineNormalizer):
+class CrossIterationBatchNorm(WholeBatchNormalizer):
     """Normalizes each channel over the last batches, brought up to the weights of now.
 
     State: `mean`, `var` [C], `window_mean`, `window_var` [K, C] with K = window − 1, and after a
@@ -112,7 +113,7 @@ class CrossIterationBatchNorm(AffineNormalizer):
             inverse_std = jax.lax.rsqrt(var.value + self.epsilon)
             return normalize(x, mean.value, inverse_std, scale, bias).astype(dtype)
 
-        batch = group_batch(self, x, mask, grouping=Grouping(1))
+        batch = group_batch(self, x, mask, grouping=whole_batch(self))
         filled = jnp.where(step.value < self.burn_in_steps, 0, step.value)
         if gathers_moments(self):  # not those of batches before
             filled = jnp.zeros_like(filled)
@@ -183,7 +184,8 @@ def _to_remember(batch: GroupedBatch, layer: LayerBefore | None) -> dict[str, Ar
 
     def slope(of_values: Array) -> Array:
         """Returns the kernel's derivative of Σ of_values·x."""
-        return pull(of_values.reshape(output.shape).astype(output.dtype))[0]
+        own = pull(of_values.reshape(output.shape).astype(output.dtype))[0]
+        return summed_over_devices(batch.grouping.axis_name, own)
 
     share = jnp.broadcast_to(share_of_mean(batch), values.shape).astype(moments.mean.dtype)
     return found | {

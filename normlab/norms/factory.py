@@ -168,9 +168,11 @@ def make_factory(
 
     def factory(cls: type[Normalizer], fields: dict[str, Any]) -> NormFactory:
         names = {field.name for field in dataclasses.fields(cls)}
-        settled = {"strict": False} if "strict" in names else {}
+        settled: dict[str, Any] = {"strict": False} if "strict" in names else {}
         if "stats_scope" in names:
             settled |= _scope_fields(config, num_devices, axis_name)
+        elif "axis_name" in names:
+            settled |= {"axis_name": axis_name}
         return NormFactory(cls, FrozenDict(fields | settled))
 
     others = tuple((pattern, factory(other, present(other))) for pattern, other in overrides)

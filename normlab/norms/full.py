@@ -21,6 +21,7 @@ normalization over the data set as the momentum tends to 1.
 The statistics are those of the data set, so the scope of batch statistics has no meaning here.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -38,21 +39,22 @@ from normlab.norms.functional import (
     statistics_dtype,
 )
 from normlab.norms.groups import (
-    Grouping,
+    WholeBatchNormalizer,
     gathers_moments,
     group_batch,
     moving_moments,
     sow_moments,
+    summed_over_devices,
+    whole_batch,
 )
 from normlab.norms.normalizer import (
-    AffineNormalizer,
     Facts,
     output_dtype,
     scale_and_bias,
 )
 
 
-class FullNorm(AffineNormalizer):
+class FullNorm(WholeBatchNormalizer):
     """Normalizes each channel by running estimates of the data set's moments, in training too.
 
     State: `mean`, `var`, `backward_mean`, `backward_var` [C], float32 at least, and `step`, int32,
@@ -93,12 +95,13 @@ class FullNorm(AffineNormalizer):
             inverse_std = jax.lax.rsqrt(var.value + self.epsilon)
             return normalize(x, mean.value, inverse_std, scale, bias).astype(dtype)
 
-        batch = group_batch(self, x, mask, grouping=Grouping(1))
+        batch = group_batch(self, x, mask, grouping=whole_batch(self))
         momentum = debiased_momentum(self.momentum, (step.value + 1).astype(state_dtype))
         if gathers_moments(self):  # not those under the state that they are to replace
             momentum = 0.0
         new_mean, new_var, moved = moving_moments(self, mean.value, var.value, batch, momentum)
         standard = _standardize(
+            batch.grouping.axis_name,
             batch.values.astype(statistics_dtype(x.dtype)),
             new_mean,
             jax.lax.rsqrt(new_var + self.epsilon),
@@ -119,8 +122,9 @@ class FullNorm(AffineNormalizer):
         return {"mean": moments.mean, "var": moments.var}
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _standardize(
+    axis_name: str | None,
     x: Array,
     mean: Array,
     inverse_std: Array,
@@ -133,20 +137,21 @@ def _standardize(
     """Returns (x − mean)·inverse_std, [..., C].
 
     Its gradient by x goes through the moments by the running derivatives `of_mean`, `of_var` [C],
-    whose cotangents are their new values.
+    whose cotangents are their new values, over all devices of the axis.
     """
     return (x - mean) * inverse_std
 
 
-def _forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _standardize(*arguments), arguments
+def _forward(axis_name: str | None, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _standardize(axis_name, *arguments), arguments
 
 
-def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
+def _backward(axis_name: str | None, arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
     x, mean, inverse_std, share, momentum, moved, old_of_mean, old_of_var = arguments
     axes, centered = tuple(range(x.ndim - 1)), x - mean
-    by_mean = -inverse_std * g.sum(axes)
-    by_var = -(inverse_std**3) / 2 * (g * centered).sum(axes)
+    by_mean = -inverse_std * summed_over_devices(axis_name, g.sum(axes))
+    products = summed_over_devices(axis_name, (g * centered).sum(axes))
+    by_var = -(inverse_std**3) / 2 * products
     of_mean, of_var = ema(old_of_mean, by_mean, momentum), ema(old_of_var, by_var, momentum)
     by_x = g * inverse_std + share * (of_mean + 2 * centered * of_var)
     after = kept_unless_finite(moved, (of_mean, of_var), (old_of_mean, old_of_var))

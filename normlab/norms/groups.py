@@ -6,6 +6,7 @@ arXiv:1705.08741), which may lie within a device or span several of them.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,29 @@ class BatchNormalizer(AffineNormalizer):
     ghost_size: int | None = None  # examples in a group of scope ghost
     axis_name: str | None = None  # device axis under pmap or shard_map
     device_groups: int = 1  # groups of scope device under jit
+
+    averages_groups: ClassVar[bool] = True
+
+
+class WholeBatchNormalizer(AffineNormalizer):
+    """Base of those whose statistics are over the whole batch and past ones, whatever its groups.
+
+    `NormFactory` sets the field.
+    """
+
+    axis_name: str | None = None  # device axis under pmap or shard_map
+
+
+def whole_batch(module: WholeBatchNormalizer) -> Grouping:
+    """Returns the one group of the whole batch, over all devices that hold it."""
+    if module.is_initializing():
+        return Grouping(1)
+    return Grouping(1, module.axis_name, pooled=module.axis_name is not None)
+
+
+def summed_over_devices(axis_name: str | None, value: Array) -> Array:
+    """Returns the sum of the devices' values; without an axis, the value."""
+    return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
 def grouping_of(module: BatchNormalizer, batch_size: int) -> Grouping:
@@ -270,8 +294,15 @@ def moving_moments(
     return mean_after, var_after, moves
 
 
-def all_finite(module: nn.Module, statistics: dict[str, Array]) -> Array:
-    """Returns whether all statistics are finite (boolean []), and says so where asked for."""
+def all_finite(
+    module: nn.Module, statistics: dict[str, Array], axis_name: str | None = None
+) -> Array:
+    """Returns whether all statistics are finite (boolean []), and says so where asked for.
+
+    `axis_name`: devices that have each its own part of them.
+    """
     finite = jnp.all(jnp.stack([jnp.isfinite(value).all() for value in statistics.values()]))
+    if axis_name is not None:
+        finite = jax.lax.psum((~finite).astype(jnp.int32), axis_name) == 0
     note_nonfinite(module, finite)
     return finite

@@ -18,6 +18,7 @@ statistics has no meaning here.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -27,16 +28,23 @@ from jax import Array
 
 from normlab.norms.backward import kept_unless_finite, share_of_mean
 from normlab.norms.functional import Moments, affine, ema, statistics_dtype
-from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
+from normlab.norms.groups import (
+    WholeBatchNormalizer,
+    all_finite,
+    gathers_moments,
+    group_batch,
+    sow_moments,
+    summed_over_devices,
+    whole_batch,
+)
 from normlab.norms.normalizer import (
-    AffineNormalizer,
     Facts,
     output_dtype,
     scale_and_bias,
 )
 
 
-class MovingAverageBatchNorm(AffineNormalizer):
+class MovingAverageBatchNorm(WholeBatchNormalizer):
     """Divides each channel by its root mean square over the last batches, forward and backward.
 
     State: `second_moment` [C], `window`, `backward_window` [K, C], float32 at least, and `step`,
@@ -85,7 +93,7 @@ class MovingAverageBatchNorm(AffineNormalizer):
             y = values * jax.lax.rsqrt(running.value + self.epsilon)
             return affine(y, scale, bias).astype(dtype)
 
-        batch = group_batch(self, values, mask, grouping=Grouping(1))
+        batch = group_batch(self, values, mask, grouping=whole_batch(self))
         own = batch.mean_of(jnp.square(batch.values)).reshape(-1).astype(state_dtype)
         present = (batch.moments.count > 0).any()
         moved = present & all_finite(self, {"second_moment": own})
@@ -100,6 +108,7 @@ class MovingAverageBatchNorm(AffineNormalizer):
         limit = jnp.where(late, self.correction_max, 1.0)
         r = jnp.sqrt((square + self.epsilon) / (running.value + self.epsilon))
         y = _rescale(
+            batch.grouping.axis_name,
             batch.values,
             jax.lax.rsqrt(square + self.epsilon),
             jnp.clip(r, 1 / limit, limit),
@@ -122,8 +131,9 @@ class MovingAverageBatchNorm(AffineNormalizer):
         return {"second_moment": moments.var + jnp.square(moments.mean)}
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rescale(
+    axis_name: str | None,
     x: Array,
     inverse_root: Array,
     r: Array,
@@ -141,14 +151,15 @@ def _rescale(
     return x * (inverse_root * r)
 
 
-def _forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _rescale(*arguments), arguments
+def _forward(axis_name: str | None, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _rescale(axis_name, *arguments), arguments
 
 
-def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
+def _backward(axis_name: str | None, arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
     x, inverse_root, r, share, slot, full, moved, of_products = arguments
     z, g = x * inverse_root, g * r
     product = (share * z * g).sum(tuple(range(x.ndim - 1)))
+    product = summed_over_devices(axis_name, product)
     filled = of_products.at[slot].set(product.astype(of_products.dtype))
     mean = jnp.where(full, filled.mean(0), product)
     by_x = inverse_root * (g - jnp.where(share > 0, z * mean, 0))

@@ -42,6 +42,8 @@ class Normalizer(nn.Module):
 
     stateful: ClassVar[bool] = False
     facts: ClassVar[Facts] = Facts()
+    averages_groups: ClassVar[bool] = False
+    """True if a batch's new state is the mean of what each of its groups would make of the old."""
     replaces_activation: ClassVar[bool] = False
     """True if the class has a field `activation`: that of the model, which it takes over, or None
     where the model has none. Only `NormFactory` sets it."""

@@ -21,6 +21,8 @@ they are.
 There is one stream for all devices and groups: the scope of batch statistics has no meaning here.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -40,9 +42,15 @@ from normlab.norms.functional import (
     moments,
     statistics_dtype,
 )
-from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
+from normlab.norms.groups import (
+    WholeBatchNormalizer,
+    all_finite,
+    gathers_moments,
+    group_batch,
+    sow_moments,
+    whole_batch,
+)
 from normlab.norms.normalizer import (
-    AffineNormalizer,
     Facts,
     output_dtype,
     scale_and_bias,
@@ -51,7 +59,7 @@ from normlab.norms.normalizer import (
 CONTROLS = ("clamp", "scale", "none")
 
 
-class OnlineNorm(AffineNormalizer):
+class OnlineNorm(WholeBatchNormalizer):
     """Normalizes each example by the running statistics of those before it.
 
     State: `mean`, `var`, `backward_mean` (u), `backward_projection` (v) [C], float32 at least. The
@@ -89,16 +97,18 @@ class OnlineNorm(AffineNormalizer):
         values = x.astype(statistics_dtype(x.dtype))
 
         if train:
+            axis_name = whole_batch(self).axis_name
             own = moments(values, position_axes(x), own_mask)
             means, variances, (new_mean, new_var) = _stream(
-                mean.value, var.value, own, self.momentum
+                axis_name, mean.value, var.value, own, self.momentum
             )
             if gathers_moments(self):  # not those under the state that they are to replace
-                batch = group_batch(self, values, mask, grouping=Grouping(1))
+                batch = group_batch(self, values, mask, grouping=whole_batch(self))
                 sow_moments(self, batch)
                 means, variances = batch.moments.mean[0], batch.moments.var[0]
             moved = all_finite(self, {"mean": new_mean, "var": new_var})
             standard = _control(
+                axis_name,
                 values,
                 jnp.broadcast_to(means, own.mean.shape),
                 jnp.broadcast_to(jax.lax.rsqrt(variances + self.epsilon), own.mean.shape),
@@ -129,7 +139,7 @@ class OnlineNorm(AffineNormalizer):
 
 
 def _stream(
-    mean: Array, var: Array, own: Moments, momentum: float
+    axis_name: str | None, mean: Array, var: Array, own: Moments, momentum: float
 ) -> tuple[Array, Array, tuple[Array, Array]]:
     """Returns mean and variance [N, 1, ..., 1, C] before each example, and [C] after the last."""
 
@@ -141,12 +151,33 @@ def _stream(
         return (after.mean.astype(mean.dtype), after.var.astype(var.dtype)), state
 
     flat = jax.tree.map(lambda part: part.reshape(part.shape[0], -1), own)
-    last, (means, variances) = jax.lax.scan(enter, (mean, var), jax.lax.stop_gradient(flat))
+    last, (means, variances) = _one_by_one(
+        axis_name, enter, (mean, var), jax.lax.stop_gradient(flat)
+    )
     return means.reshape(own.mean.shape), variances.reshape(own.mean.shape), last
 
 
-@jax.custom_vjp
+def _one_by_one(
+    axis_name: str | None, enter: Callable[..., Any], state: Any, examples: Any
+) -> tuple[Any, Any]:
+    """Returns `lax.scan(enter, state, examples)`, over the examples of all devices in their order.
+
+    The state is after the last of all examples; what is stacked is of this device's own.
+    """
+    if axis_name is None:
+        return jax.lax.scan(enter, state, examples)
+    share = len(jax.tree.leaves(examples)[0])
+    every = jax.tree.map(lambda part: jax.lax.all_gather(part, axis_name, tiled=True), examples)
+    last, stacked = jax.lax.scan(enter, state, every)
+    first = jax.lax.axis_index(axis_name) * share
+    return last, jax.tree.map(
+        lambda part: jax.lax.dynamic_slice_in_dim(part, first, share), stacked
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _control(
+    axis_name: str | None,
     x: Array,
     mean: Array,
     inverse_std: Array,
@@ -164,11 +195,11 @@ def _control(
     return (x - mean) * inverse_std
 
 
-def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _control(*arguments), arguments
+def _forward(axis_name: str | None, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _control(axis_name, *arguments), arguments
 
 
-def _backward(arguments: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
+def _backward(axis_name: str | None, arguments: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
     x, mean, inverse_std, mask, rate, moved, u, v = arguments
     standard, axes = (x - mean) * inverse_std, position_axes(x)
     counted = jnp.ones_like(x[..., :1]) if mask is None else mask.astype(x.dtype)
@@ -192,7 +223,7 @@ def _backward(arguments: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
         after = jnp.where(enters, new_u, u), jnp.where(enters, new_v, v)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), after, state), state
 
-    after, (us, vs) = jax.lax.scan(enter, (u, v), terms)
+    after, (us, vs) = _one_by_one(axis_name, enter, (u, v), terms)
     us, vs = us.reshape(mean.shape), vs.reshape(mean.shape)
     by_x = inverse_std * (g - counted * rate * vs * standard) - counted * rate * us
     kept = kept_unless_finite(moved, after, (u, v))

@@ -16,6 +16,7 @@ There is one running mean for the whole batch: the scope of batch statistics has
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -33,16 +34,23 @@ from normlab.norms.functional import (
     statistics_dtype,
 )
 from normlab.norms.group import divide_channels, settled_groups
-from normlab.norms.groups import Grouping, all_finite, gathers_moments, group_batch, sow_moments
+from normlab.norms.groups import (
+    WholeBatchNormalizer,
+    all_finite,
+    gathers_moments,
+    group_batch,
+    sow_moments,
+    summed_over_devices,
+    whole_batch,
+)
 from normlab.norms.normalizer import (
-    AffineNormalizer,
     Facts,
     output_dtype,
     scale_and_bias,
 )
 
 
-class PowerNorm(AffineNormalizer):
+class PowerNorm(WholeBatchNormalizer):
     """Divides each channel by a running root mean square, forward and backward.
 
     State: `second_moment` (ψ²), `backward_projection` (ν) [C], float32 at least, and `step`, int32,
@@ -91,16 +99,19 @@ class PowerNorm(AffineNormalizer):
             y = values * jax.lax.rsqrt(running.value + self.epsilon)
             return affine(y, scale, bias).astype(dtype)
 
-        batch = group_batch(self, values, mask, grouping=Grouping(1))
+        batch = group_batch(self, values, mask, grouping=whole_batch(self))
         own = batch.mean_of(jnp.square(batch.values)).reshape(-1).astype(state_dtype)
         present = (batch.moments.count > 0).any()
-        moved = present & all_finite(self, {"second_moment": own, "scaling": scaling})
+        moved = present & all_finite(
+            self, {"second_moment": own, "scaling": scaling}, batch.grouping.axis_name
+        )
         count = step.value + 1
         warm = count <= self.warmup_steps
         # Moments gathered for a new state must not be those under the state that they replace.
         by_own = jnp.ones((), bool) if gathers_moments(self) else warm
         square = jnp.where(by_own & present, own, running.value)
         y = _rescale(
+            batch.grouping.axis_name,
             batch.values,
             jax.lax.rsqrt(square + self.epsilon),
             share_of_mean(batch),
@@ -132,9 +143,15 @@ class PowerNorm(AffineNormalizer):
         return {"second_moment": moments.var + jnp.square(moments.mean)}
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rescale(
-    x: Array, inverse_root: Array, share: Array, rate: Array, moved: Array, projection: Array
+    axis_name: str | None,
+    x: Array,
+    inverse_root: Array,
+    share: Array,
+    rate: Array,
+    moved: Array,
+    projection: Array,
 ) -> Array:
     """Returns x·inverse_root, [..., C].
 
@@ -144,15 +161,16 @@ def _rescale(
     return x * inverse_root
 
 
-def _forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _rescale(*arguments), arguments
+def _forward(axis_name: str | None, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _rescale(axis_name, *arguments), arguments
 
 
-def _backward(arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
+def _backward(axis_name: str | None, arguments: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
     x, inverse_root, share, rate, moved, projection = arguments
     standard = x * inverse_root
     left = g - jnp.where(share > 0, projection * standard, 0)
     product = (share * left * standard).sum(tuple(range(x.ndim - 1)))
+    product = summed_over_devices(axis_name, product)
     after = kept_unless_finite(moved, (projection + rate * product,), (projection,))
     return left * inverse_root, None, None, None, None, *after
 

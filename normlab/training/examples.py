@@ -80,9 +80,9 @@ class Held:
     def batches(self, indices: Iterable[np.ndarray]) -> Generator[Batch]:
         """Yields the batch of each `indices`, int32 [B]."""
         for rows in indices:
-            mine = rows[parallel.own_rows(len(rows), self.mesh)]
-            own = self.split.images[mine], self.split.labels[mine]
-            yield Arranged(*parallel.put_rows(own, self.mesh)), np.arange(len(rows), dtype=np.int32)
+            own = _own(len(rows), self.mesh)
+            mine = self.split.images[rows[own]], self.split.labels[rows[own]]
+            yield _arranged(*mine, own.stop - own.start, self.mesh), rows
 
     def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
         """Yields what the steps are trained on, one at a time."""
@@ -106,11 +106,13 @@ class Streamed:
         middle = central_part(self.config.eval_crop)
 
         def decode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-            mine = rows[self._own(len(rows))]
+            mine = rows[_own(len(rows), self.mesh)]
             return *self._cropped(mine, [middle] * len(mine)), len(rows)
 
         for images, labels, count in prefetched(indices, decode):
-            yield self._placed(images, labels, count), np.arange(count, dtype=np.int32)
+            own = _own(count, self.mesh)
+            places = np.arange(count, dtype=np.int32)
+            yield _arranged(images, labels, own.stop - own.start, self.mesh), places
 
     def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
         """Yields what the steps are trained on: a random part of each image, if so configured.
@@ -121,37 +123,39 @@ class Streamed:
         area = self.config.crop_area if self.config.random_resized_crop else None
         together = together if self.mesh.size == 1 else 1
 
+        own = _own(indices.shape[1], self.mesh)
+
         def decode(chosen: slice) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-            rows = indices[chosen]
-            own = self._own(rows.shape[1])
-            mine = rows[:, own]
+            mine = indices[chosen, own]
             parts = [
                 random_part(seed, first + chosen.start + step, own.start + place, area)
                 if area
                 else middle
                 for step, place in np.ndindex(mine.shape)
             ]
-            return *self._cropped(mine.ravel(), parts), rows.shape
+            return *self._cropped(mine.ravel(), parts), indices[chosen].shape
 
         for images, labels, shape in prefetched(_chunks(len(indices), together), decode):
+            batch = _arranged(images, labels, shape[0] * (own.stop - own.start), self.mesh)
             places = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-            placed = self._placed(images, labels, shape[1])
-            yield placed if shape[0] == 1 else (placed.images, placed.labels), places
+            yield batch if shape[0] == 1 else (batch.images, batch.labels), places
 
     def _cropped(self, rows: np.ndarray, parts: Any) -> tuple[np.ndarray, np.ndarray]:
         return self.images.cropped(rows, parts, self.info.image_shape, self.config.interpolation)
 
-    def _own(self, count: int) -> slice:
-        """Returns the rows of a batch of `count` that this process decodes."""
-        return parallel.own_rows(count, self.mesh) if self._splits(count) else slice(0, count)
 
-    def _placed(self, images: np.ndarray, labels: np.ndarray, count: int) -> Arranged:
-        put = parallel.put_rows if self._splits(count) else parallel.replicate
-        return Arranged(*put((images, labels), self.mesh))
+def _own(count: int, mesh: Mesh) -> slice:
+    """Returns which rows of a batch of `count` this process has, those of padding behind it too."""
+    return parallel.own_rows(parallel.splittable(count, mesh), mesh)
 
-    def _splits(self, count: int) -> bool:
-        """Returns whether the devices can share `count` rows, as they can all that a run asks."""
-        return count % self.mesh.size == 0
+
+def _arranged(images: np.ndarray, labels: np.ndarray, size: int, mesh: Mesh) -> Arranged:
+    """Returns a batch of which this process has these rows, padded to `size`, on the devices."""
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+    return Arranged(*parallel.put_rows((padded(images), padded(labels)), mesh))
 
 
 def _chunks(count: int, together: int) -> Iterator[slice]:

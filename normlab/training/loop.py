@@ -77,7 +77,7 @@ def train(
         with _noted(folder):
             began = time.perf_counter()
             parallel.enable_compilation_cache(config)
-            mesh = parallel.make_mesh()
+            mesh = parallel.make_mesh(config)
             data = processes.agreed(lambda: load_data(config, mesh))
         processes.check_same("data's", {"fingerprint": data.fingerprint})
         processes.from_first(lambda: check_fingerprint(folder, config, data.fingerprint))
@@ -94,6 +94,23 @@ def _noted(folder: Path) -> Iterator[None]:
             stack.enter_context(run.failure_noted(folder))
         stack.enter_context(processes.losses_named())
         yield
+
+
+def train_step_of(parts: Parts) -> Callable[[TrainState, Batch], TrainState]:
+    """Returns the step of training that the parts describe."""
+    config = parts.config
+    return make_train_step(
+        parts.replica,
+        parts.direction,
+        parts.schedule,
+        label_smoothing=config.train.label_smoothing,
+        ema_decay=config.train.ema_decay,
+        ema_warmup=config.train.ema_warmup,
+        sam_rho=config.optim.sam_rho,
+        max_nonfinite=config.train.max_nonfinite,
+        microbatches=config.train.microbatches,
+        axis_name=parallel.axis_name(config),
+    )
 
 
 class _Run:
@@ -115,6 +132,13 @@ class _Run:
         self.clock, self.last_sign = began, time.perf_counter()
         self.compiler = parallel.Compiler()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
+        self.take_steps = parallel.take_steps(
+            train_step_of(parts),
+            self._make_batch,
+            parallel.make_layout(config),
+            self.mesh,
+            self.compiler,
+        )
 
         state = create_state(parts, self.compiler)
         if parts.model.conv.starts_from_data:
@@ -205,9 +229,7 @@ class _Run:
             for data, rows in batches:
                 if self.flag(signals.received or 0):
                     break
-                arguments = (self.state, data, seed, rows)
-                dispatch = self.compiler("train", self._dispatch, *arguments, donate=(0,))
-                self.state = dispatch(*arguments)
+                self.state = self.take_steps(self.state, data, seed, rows)
                 self.step += len(rows)
                 self._heartbeat()
                 if self.step - looked >= config.train.max_nonfinite:
@@ -231,25 +253,10 @@ class _Run:
             self.progress(self.step, self.parts.length.num_steps, line)
             self.last_sign = time.perf_counter()
 
-    def _dispatch(self, state: TrainState, data: Any, seed: Array, rows: Array) -> TrainState:
-        """Takes one step for each row of `rows` (int32 [steps, batch]); traced, never run as is."""
-        config = self.parts.config
-
-        def make_batch(seed: Array, step: Array, indices: Array) -> Batch:
-            made = training_batch(data, config.data, self.parts.info, seed, step, indices)
-            return Batch(*made, key=dropout_key(seed, step))
-
-        train_step = make_train_step(
-            self.parts.model,
-            self.parts.direction,
-            self.parts.schedule,
-            label_smoothing=config.train.label_smoothing,
-            ema_decay=config.train.ema_decay,
-            ema_warmup=config.train.ema_warmup,
-            sam_rho=config.optim.sam_rho,
-            max_nonfinite=config.train.max_nonfinite,
-        )
-        return parallel.steps(train_step, make_batch, state, seed, rows, self.mesh)
+    def _make_batch(self, data: Any, seed: Array, step: Array, indices: Array) -> Batch:
+        """Returns a step's batch; traced, never run as is."""
+        made = training_batch(data, self.parts.config.data, self.parts.info, seed, step, indices)
+        return Batch(*made, key=dropout_key(seed, step))
 
     # Events --------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def estimate(parts: Parts) -> dict[str, int]:
     batch = images, labels, key
     loss = make_loss(parts.model, parts.config.train.label_smoothing)
     activations = residual_bytes(loss, state.params, state.batch_stats, batch)
-    devices = parallel.num_devices()
+    devices = parallel.num_devices(parts.config)
     # uint8 images and int32 labels, as data/ has them.
     example = math.prod(info.image_shape) + np.dtype(np.int32).itemsize
     found = {

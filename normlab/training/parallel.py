@@ -1,13 +1,21 @@
-"""The only home of mesh and jit: how a step is spread over devices and dispatched.
+"""The only home of mesh, jit and pmap: how a step is spread over devices and dispatched.
 
-Arrays of examples are sharded over a one-dimensional mesh, axis `data`; the state is replicated.
-Under jit a mean over the batch is a mean over the whole batch, however many devices hold it, so
+Mode `jit`: arrays of examples are sharded over a one-dimensional mesh, axis `data`; the state is
+replicated. A mean over the batch is a mean over the whole batch, however many devices hold it, so
 the global scope is free; `device` and `ghost` are reshapes inside the normalizer.
+
+Mode `pmap`: a replica of the step on each device sees that device's share alone. So statistics by
+device are free, and all others go through collectives over the axis `batch`, weighted by counts.
+(JAX keeps pmap for old code; it is here to check that both views give the same numbers.)
+
+The examples of a batch, and all that is drawn for them, are made under jit in both modes.
 
 On CPU a convolution inside `lax.scan` runs 19 to 30 times slower (XLA leaves its threaded kernels
 there), so there each step is a dispatch of its own; accelerators scan over a chunk of steps.
 """
 
+import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,34 +29,182 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from normlab.errors import UserError
+from normlab.errors import UserError, unknown
 
 State = TypeVar("State", bound=Any)
 
 ACCELERATOR_STEPS_PER_DISPATCH = 50
+MODES = ("jit", "pmap")
+AXIS = "batch"
+"""Name of the devices' axis under pmap."""
 
 
-def num_devices() -> int:
-    """Returns the number of devices that share a batch."""
-    return jax.device_count()
+def devices(config: ConfigDict | None = None) -> list[jax.Device]:
+    """Returns the devices that share a batch: the first `parallel.num_devices`, or all.
 
-
-def make_mesh() -> Mesh:
-    """Returns the mesh of all devices, axis `data`; those of a process stand together."""
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices), ("data",))
-
-
-def check_batch(config: ConfigDict) -> None:
-    """Raises UserError, with the arithmetic, if the devices cannot split the global batch."""
-    batch_size, devices = config.train.batch_size, num_devices()
-    if batch_size % devices:
-        below = batch_size - batch_size % devices
-        nearest = " or ".join(str(size) for size in (below, below + devices) if size)
+    Those of a process stand together. Raises UserError if there are not so many.
+    """
+    there = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    wanted = None if config is None else config.parallel.num_devices
+    if wanted is None:
+        return there
+    if jax.process_count() > 1 and wanted != len(there):
         raise UserError(
-            f"config field 'train.batch_size' = {batch_size} does not split over {devices} devices "
-            f"({batch_size} / {devices} = {batch_size / devices:g}); nearest: {nearest}"
+            f"config field 'parallel.num_devices' = {wanted}: the run's {jax.process_count()} "
+            f"processes use all of their {len(there)} devices"
         )
+    if not 1 <= wanted <= len(there):
+        raise UserError(
+            f"config field 'parallel.num_devices' = {wanted} must be from 1 to {len(there)}, "
+            "the devices that there are"
+        )
+    return there[:wanted]
+
+
+def num_devices(config: ConfigDict | None = None) -> int:
+    """Returns the number of devices that share a batch."""
+    return len(devices(config))
+
+
+def make_mesh(config: ConfigDict | None = None) -> Mesh:
+    """Returns the mesh of the devices that share a batch, axis `data`."""
+    return Mesh(np.array(devices(config)), ("data",))
+
+
+def axis_name(config: ConfigDict) -> str | None:
+    """Returns the name of the devices' axis that a replica's collectives go over; None under jit.
+
+    Raises UserError for an unknown `parallel.mode`, and for pmap in several processes.
+    """
+    if config.parallel.mode not in MODES:
+        raise unknown("'parallel.mode'", config.parallel.mode, MODES)
+    if config.parallel.mode == "pmap" and jax.process_count() > 1:
+        raise UserError("config field 'parallel.mode' = 'pmap': several processes need 'jit'")
+    return AXIS if config.parallel.mode == "pmap" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch lie: in microbatches, each spread evenly over the devices."""
+
+    microbatches: int
+    examples: int  # of a microbatch
+    rows: int  # of a microbatch, those of padding included
+    replicas: int | None  # devices under pmap, whose axis stands before a replica's rows
+
+    @property
+    def padded(self) -> bool:
+        """True if some rows are padding and so masked."""
+        return self.rows > self.examples
+
+
+def make_layout(config: ConfigDict) -> Layout:
+    """Returns how the config's batch lies on the devices.
+
+    A padded microbatch is a multiple of the ghost size, too: what is padding fills groups of its
+    own, or the last one. Raises UserError, with the arithmetic, for a batch that cannot be split.
+    """
+    size, parts, count = config.train.batch_size, config.train.microbatches, num_devices(config)
+    replicas = None if axis_name(config) is None else count
+    if parts < 1 or size % parts:
+        legal = [n for n in range(1, size + 1) if size % n == 0]
+        nearest = min(legal, key=lambda n: abs(n - parts))
+        raise UserError(
+            f"config field 'train.microbatches' = {parts} does not divide the batch of {size}; "
+            f"nearest: {nearest}"
+        )
+    examples = size // parts
+    scope = config.batch_stats
+    ghost = scope.ghost_size if scope.scope == "ghost" and scope.ghost_size else 1
+    if config.parallel.pad_batch:
+        multiple = math.lcm(count, ghost)
+        rows = -(-examples // multiple) * multiple
+        return Layout(parts, examples, rows, replicas)
+    if examples % count:
+        whole = parts * count
+        below = size - size % whole
+        choices = " or ".join(str(n) for n in (below, below + whole) if n)
+        over = f"{parts} microbatches on {count}" if parts > 1 else f"{count}"
+        raise UserError(
+            f"config field 'train.batch_size' = {size} does not split over {over} devices "
+            f"({size} / {whole} = {size / whole:g}); nearest: {choices}, "
+            "or parallel.pad_batch=true"
+        )
+    return Layout(parts, examples, examples, replicas)
+
+
+def check_replicas(layout: Layout, ghost_size: int) -> None:
+    """Raises ValueError if groups of `ghost_size` are no whole number of a replica's rows.
+
+    Nor a replica's rows a whole number of groups.
+    """
+    assert layout.replicas is not None
+    rows = layout.rows // layout.replicas
+    span = ghost_size // rows
+    if rows % ghost_size and (ghost_size % rows or layout.replicas % span):
+        raise ValueError(
+            f"groups of {ghost_size} examples do not fit {layout.replicas} devices of {rows}"
+        )
+
+
+def lay_out(batch: Any, layout: Layout, mesh: Mesh) -> Any:
+    """Inside jit: returns the batch with its rows as the layout has them.
+
+    `batch`: a named tuple whose arrays are of the examples, [B, ...], but for a scalar (a random
+    key), which every device has; its `mask` is set where there is padding. The arrays become
+    [rows, ...], with [microbatches] before it if there are several, and under pmap
+    [replicas, rows of one, ...] in place of the rows.
+    """
+    if layout.padded:
+        count = layout.microbatches * layout.examples
+        batch = batch._replace(mask=jnp.ones(count, bool))
+
+    def spread(array: Array) -> Array:
+        if array.ndim == 0:
+            return array
+        parts = array.reshape(layout.microbatches, layout.examples, *array.shape[1:])
+        padding = [(0, 0)] * parts.ndim
+        padding[1] = (0, layout.rows - layout.examples)
+        parts = jnp.pad(parts, padding) if layout.padded else parts
+        if layout.replicas is not None:
+            parts = parts.reshape(layout.microbatches, layout.replicas, -1, *array.shape[1:])
+        if layout.microbatches == 1:
+            return shard_rows(parts[0], mesh)
+        return jax.lax.with_sharding_constraint(
+            parts, NamedSharding(mesh, PartitionSpec(None, "data"))
+        )
+
+    return jax.tree.map(spread, batch)
+
+
+def over_parts(function: Callable[[Any], Any], parts: Any, count: int, add: Any) -> Any:
+    """Returns `add(... add(add(zero, function(part)), ...)` over `count` parts, one after another.
+
+    Arrays of `parts` are [count, ...], but for scalars (random keys), of which each part gets its
+    own. The zero has 0, and True for booleans. A part starts when the one before it has ended, so
+    that one part's memory is all there is.
+    """
+
+    def part(index: Any) -> Any:
+        def of(array: Array) -> Array:
+            if array.ndim:
+                return array[index]
+            return jax.random.fold_in(array, index)
+
+        return jax.tree.map(of, parts)
+
+    shapes = jax.eval_shape(lambda: function(part(0)))
+    zero = jax.tree.map(
+        lambda s: jnp.ones(s.shape, s.dtype) if s.dtype == bool else jnp.zeros(s.shape, s.dtype),
+        shapes,
+    )
+    if jax.default_backend() != "cpu":  # where a loop is no slower than its steps
+        return jax.lax.fori_loop(0, count, lambda i, total: add(total, function(part(i))), zero)
+    total = zero
+    for index in range(count):
+        total, here = jax.lax.optimization_barrier((total, part(index)))
+        total = add(total, function(here))
+    return total
 
 
 def steps_per_dispatch(config: ConfigDict, resident: bool = True) -> int:
@@ -57,9 +213,14 @@ def steps_per_dispatch(config: ConfigDict, resident: bool = True) -> int:
     Of data that is not `resident` on the devices, a dispatch holds its batches: then 1 everywhere.
     """
     chosen = config.parallel.steps_per_dispatch
+    single = axis_name(config) is not None
     if chosen is None:
-        many = resident and jax.default_backend() != "cpu"
+        many = resident and not single and jax.default_backend() != "cpu"
         return ACCELERATOR_STEPS_PER_DISPATCH if many else 1
+    if single and chosen != 1:
+        raise UserError(
+            f"config field 'parallel.steps_per_dispatch' = {chosen}: mode pmap takes 1 at a time"
+        )
     if chosen < 1:
         raise UserError(f"config field 'parallel.steps_per_dispatch' = {chosen} must be 1 or more")
     return chosen
@@ -129,50 +290,89 @@ class Compiler:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
-        self, name: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
+        layout: Layout | None = None,
     ) -> Callable[..., Any]:
         """Returns `function` compiled for these arguments; a second call returns it again.
 
-        `donate` names the arguments whose buffers the result may take over.
+        `donate` names the arguments whose buffers the result may take over. With a `layout` of
+        replicas it is `function(state, batch)`, a replica of it on each device.
         """
         shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments))
         key = (name, jax.tree.structure(arguments), shapes)
         if key not in self._compiled:
             start = time.perf_counter()
-            # What all processes are to read must be whole in each; XLA alone may leave it in parts.
-            whole: dict[str, Any] = {}
-            if jax.process_count() > 1:
-                whole = {"out_shardings": NamedSharding(make_mesh(), PartitionSpec())}
-            jitted = jax.jit(function, donate_argnums=donate, **whole)
+            mapped = _replicas(function, layout, arguments[1], donate) if layout else None
+            # What all processes read must be whole in each; XLA alone may leave it in parts.
+            whole = NamedSharding(make_mesh(), PartitionSpec()) if jax.process_count() > 1 else None
+            jitted = mapped or jax.jit(function, donate_argnums=donate, out_shardings=whole)
             self._compiled[key] = jitted.lower(*arguments).compile()
             self.seconds += time.perf_counter() - start
         return self._compiled[key]
 
 
-def steps(
-    train_step: Callable[[State, Any], State],
-    make_batch: Callable[[Array, Array, Array], Any],
-    state: State,
-    seed: Array,
-    rows: Array,
-    mesh: Mesh,
-) -> State:
-    """Takes one step for each row of `rows` (int32 [steps, batch], the examples of a step).
+MakeBatch = Callable[[Any, Array, Array, Array], Any]
+"""`make_batch(data, seed, step, indices) -> batch`, on the device."""
 
-    `make_batch(seed, step, indices) -> batch` runs on the device. The batch's arrays are of the
-    examples, but for a scalar (a random key), which every device has.
+
+def take_steps(
+    train_step: Callable[[State, Any], State],
+    make_batch: MakeBatch,
+    layout: Layout,
+    mesh: Mesh,
+    compiler: Compiler,
+) -> Callable[[State, Any, Array, np.ndarray], State]:
+    """Returns `take(state, data, seed, rows) -> state`, compiled when it is first needed.
+
+    It takes one step for each row of `rows` (int32 [steps, batch], the examples of a step); the
+    state is donated.
     """
 
-    def spread(array: Array) -> Array:
-        return shard_rows(array, mesh) if array.ndim else array
+    def lie(data: Any, seed: Array, step: Array, indices: Array) -> Any:
+        return lay_out(make_batch(data, seed, step, shard_rows(indices, mesh)), layout, mesh)
 
-    def one(state: State, indices: Array) -> State:
-        batch = make_batch(seed, state.step, shard_rows(indices, mesh))
-        return train_step(state, jax.tree.map(spread, batch))
+    def program(state: State, data: Any, seed: Array, rows: Array) -> State:
+        def one(state: State, indices: Array) -> State:
+            return train_step(state, lie(data, seed, state.step, indices))
 
-    if rows.shape[0] == 1:
-        return one(state, rows[0])
-    return jax.lax.scan(lambda s, indices: (one(s, indices), None), state, rows)[0]
+        if rows.shape[0] == 1:
+            return one(state, rows[0])
+        return jax.lax.scan(lambda s, indices: (one(s, indices), None), state, rows)[0]
+
+    def take(state: State, data: Any, seed: Array, rows: np.ndarray) -> State:
+        if layout.replicas is None:
+            arguments = (state, data, seed, rows)
+            return compiler("train", program, *arguments, donate=(0,))(*arguments)
+        arguments = (data, seed, state.step, rows[0])
+        batch = compiler("batch", lie, *arguments)(*arguments)
+        replicated = compiler("train", train_step, state, batch, donate=(0,), layout=layout)
+        return replicated(state, batch)
+
+    return take
+
+
+def _replicas(
+    function: Callable[..., Any], layout: Layout, batch: Any, donate: tuple[int, ...]
+) -> Any:
+    """Returns `function(state, batch)` with a replica on each device; the state is all replicas'.
+
+    All replicas compute the same state, from collectives.
+    """
+    axis = 0 if layout.microbatches == 1 else 1
+    axes = jax.tree.map(lambda array: axis if array.ndim else None, batch)
+    devices = jax.devices()[: layout.replicas]
+    return jax.pmap(
+        function,
+        axis_name=AXIS,
+        in_axes=(None, axes),
+        out_axes=None,
+        donate_argnums=donate,
+        devices=devices,
+    )
 
 
 def seed_array(seed: int) -> Array:

@@ -96,7 +96,7 @@ def unit_percentiles(
         return y[..., unit]
 
     found = []
-    size = splittable(min(config.eval.batch_size, len(examples)), make_mesh())
+    size = splittable(min(config.eval.batch_size, len(examples)), make_mesh(config))
     indices, masks = eval_indices(len(examples), size)
     for (data, rows), mask in zip(examples.batches(indices), masks, strict=True):
         arguments = (variables, data, jax.numpy.asarray(rows))

@@ -85,7 +85,7 @@ def open_run(
     parallel.enable_compilation_cache(parts.config)
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(parts.config)
     chosen = parts.config.eval.use_ema if use_ema is None else use_ema
     return Opened(
         parts=parts,

@@ -40,6 +40,7 @@ class Parts:
     length: RunLength
     info: DatasetInfo
     model: nn.Module
+    replica: nn.Module  # the model as the training step has it: under pmap that of one device
     direction: optax.GradientTransformation
     schedule: Schedule
 
@@ -65,20 +66,24 @@ def build_parts(config: ConfigDict, *, need_data: bool = True) -> Parts:
     check_cropping(config.data)
     check_mixing(config.data)
     length = RunLength.of(config)
-    parallel.check_batch(config)
+    layout = parallel.make_layout(config)
     parallel.steps_per_dispatch(config)
     if need_data:
         check_source(config.data)
     try:
-        model = models.build(config, length, num_devices=parallel.num_devices())
+        model = models.build(config, length, num_devices=parallel.num_devices(config))
+        axis_name = parallel.axis_name(config)
+        replica = models.build(config, length, axis_name=axis_name) if axis_name else model
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from error
     _check_norm(model.norm)
+    _check_layout(config, layout, model.norm)
     parts = Parts(
         config=config,
         length=length,
         info=describe(config.data),
         model=model,
+        replica=replica,
         direction=optim.build_direction(config),
         schedule=optim.build_schedule(config, length),
     )
@@ -115,6 +120,37 @@ def _check_eval_size(parts: Parts) -> None:
         ) from error
 
 
+def _check_layout(config: ConfigDict, layout: parallel.Layout, norm: NormFactory) -> None:
+    """Raises UserError where the batch's layout would change its statistics."""
+    if not norm.stateful:
+        return
+    scope, parts = config.batch_stats, layout.microbatches
+    if parts > 1:
+        field = f"config field 'train.microbatches' = {parts}"
+        instead = "'train.remat' = true saves memory and changes no number"
+        for kind in _kinds(config):
+            if NORMS[kind].stateful and not NORMS[kind].averages_groups:
+                raise UserError(
+                    f"{field}: the running statistics of {kind!r} are of whole batches; {instead}"
+                )
+        if scope.scope != "ghost":
+            raise UserError(
+                f"{field}: statistics of scope {scope.scope!r} need the whole batch at each layer "
+                "(those of the second depend on the first's, and gradients cross microbatches); "
+                f"choose batch_stats.scope=ghost with ghost_size {layout.examples}, or {instead}"
+            )
+        if layout.examples % scope.ghost_size:
+            raise UserError(
+                f"{field}: ghost size {scope.ghost_size} does not divide microbatches of "
+                f"{layout.examples}"
+            )
+    if scope.scope == "ghost" and layout.replicas is not None:
+        try:
+            parallel.check_replicas(layout, scope.ghost_size)
+        except ValueError as error:
+            raise UserError(f"config field 'parallel.mode' = 'pmap': {error}; use jit") from error
+
+
 def _check_norm(norm: NormFactory) -> None:
     """Raises UserError for a field with which a normalizer cannot be made, on any input."""
     x = jax.ShapeDtypeStruct((2, 4, 4, 32), jnp.float32)
@@ -127,9 +163,13 @@ def _check_norm(norm: NormFactory) -> None:
 
 def run_identity(config: ConfigDict) -> dict[str, Any]:
     """Returns the run's identity (`config.identity`) on this machine's devices."""
-    kinds = [config.norm.kind, *(kind for _, kind in parse_overrides(config.norm_overrides))]
-    stateful = any(NORMS[kind].stateful for kind in kinds)
-    return identity(config, stateful=stateful, num_devices=parallel.num_devices())
+    stateful = any(NORMS[kind].stateful for kind in _kinds(config))
+    return identity(config, stateful=stateful, num_devices=parallel.num_devices(config))
+
+
+def _kinds(config: ConfigDict) -> list[str]:
+    """Returns the config names of the normalizers that a model has."""
+    return [config.norm.kind, *(kind for _, kind in parse_overrides(config.norm_overrides))]
 
 
 def shared_config(config: ConfigDict) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def start_from_data(
     parts: Parts, state: TrainState, data: RunData, compiler: parallel.Compiler
 ) -> TrainState:
     """Returns the state at step 0 with the gains and biases that the first batch calls for."""
-    config, mesh = parts.config, parallel.make_mesh()
+    config, mesh = parts.config, parallel.make_mesh(parts.config)
     indices = train_indices(config.seed, 0, 1, parts.length.batch_size, len(data.train))
 
     def started(variables: Any, examples: Any, seed: Array, rows: Array) -> Any:

@@ -13,15 +13,29 @@ from jax import Array
 from normlab.norms import join_state, split_state
 from normlab.optim import ascended, clipped_fractions
 from normlab.optim.schedules import Schedule
+from normlab.training.parallel import over_parts
 from normlab.training.state import CULPRITS, Health, Totals, TrainState
 
 
 class Batch(NamedTuple):
-    """What a step is a function of, beside the state. A pair (images, targets) will do."""
+    """What a step is a function of, beside the state. A pair (images, targets) will do.
+
+    With microbatches each array but the key has their number as an axis before the others.
+    """
 
     images: Array  # float32 [N, H, W, C]
     targets: Array  # labels int32 [N], or probabilities of the classes float32 [N, K]
     key: Array | None = None  # of dropout and stochastic depth; None: there is neither
+    mask: Array | None = None  # bool [N], false where an example is padding; None: nowhere
+
+
+class Seen(NamedTuple):
+    """What a forward pass in training leaves beside its loss."""
+
+    correct: Array  # int32, examples classified as the label, or the likeliest class of a mixture
+    batch_stats: Any  # the new statistics
+    sound: Array  # bool, they are finite
+    measures: dict[str, Array]  # what normalizers measured, by layer/measure
 
 
 def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
@@ -36,37 +50,49 @@ def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Arra
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
-def make_loss(model: nn.Module, label_smoothing: float = 0.0) -> Callable[..., tuple[Array, Any]]:
-    """Returns `loss(params, batch_stats, batch) -> (mean loss, (correct, batch_stats, sound,
-    measures))`.
+def make_loss(
+    model: nn.Module, label_smoothing: float = 0.0, axis_name: str | None = None
+) -> Callable[..., tuple[Array, Seen]]:
+    """Returns `loss(params, batch_stats, batch) -> (mean loss, Seen)`.
 
-    `correct`: int32, examples classified as the label, or as the likeliest class of what is mixed;
-    `sound`: bool, the new statistics are finite; `measures`: what normalizers measured, by
-    layer/measure.
+    With `axis_name` both are of a replica's share: the sum over replicas is the mean loss.
     """
 
-    def loss(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Any]:
-        images, targets, key = Batch(*batch)
+    def loss(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Seen]:
+        images, targets, key, mask = Batch(*batch)
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updated = model.apply(
             variables,
             images,
             train=True,
+            mask=mask,
             mutable=["batch_stats", "nonfinite", "measures"],
             rngs=None if key is None else {"dropout": key},
         )
-        mean = jnp.mean(cross_entropy(logits, targets, label_smoothing))
+        mean = _part_of_mean(cross_entropy(logits, targets, label_smoothing), mask, axis_name)
         labels = targets if targets.ndim == 1 else jnp.argmax(targets, -1)
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
+        hits = jnp.argmax(logits, -1) == labels
+        correct = jnp.sum(hits if mask is None else hits & mask)
         new_stats = updated.get("batch_stats", {})
         # A normalizer keeps its state from a statistic that is not finite, and says so.
         kept = jax.tree.leaves(updated.get("nonfinite", {}))
         sound = _all_finite(new_stats) & ~jnp.any(jnp.array([jnp.any(x) for x in kept], bool))
         measured = flatten_dict(updated.get("measures", {}), sep="/")
         measures = {name: jnp.mean(value) for name, value in measured.items()}
-        return mean, (correct.astype(jnp.int32), new_stats, sound, measures)
+        return mean, Seen(correct.astype(jnp.int32), new_stats, sound, measures)
 
     return loss
+
+
+def _part_of_mean(values: Array, mask: Array | None, axis_name: str | None) -> Array:
+    """Returns the mean of values [N] that are not masked; of a replica, its part of that mean."""
+    if mask is None:
+        mean = jnp.mean(values)
+        return mean if axis_name is None else mean / jax.lax.axis_size(axis_name)
+    count = jnp.sum(mask)
+    if axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / count
 
 
 def make_train_step(
@@ -79,6 +105,8 @@ def make_train_step(
     ema_warmup: bool = False,
     sam_rho: float | None = None,
     max_nonfinite: int = 10,
+    microbatches: int = 1,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`.
 
@@ -88,24 +116,21 @@ def make_train_step(
 
     With `sam_rho` the gradient, also that which is guarded and logged, is taken at `optim.ascended`
     weights, and all else at the weights themselves.
+
+    The step is that of the whole batch however it lies: in `microbatches`, each of which starts
+    from the state before the step, or, in a replica, over the devices of `axis_name`.
     """
 
-    loss_of = make_loss(model, label_smoothing)
-
-    def split_loss(params: Any, backward: Any, others: Any, batch: Batch) -> tuple[Array, Any]:
-        return loss_of(params, join_state(others, backward), batch)
-
-    # A statistic of the backward pass comes out as the gradient by its old value.
-    gradient_of = jax.value_and_grad(split_loss, argnums=(0, 1), has_aux=True)
+    gradient_of = make_gradient(model, label_smoothing, microbatches, axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        (loss, (correct, batch_stats, sound, measures)), (gradient, backward) = gradient_of(
-            state.params, *split_state(state.batch_stats), batch
+        batch = Batch(*batch)
+        loss, (correct, batch_stats, sound, measures), gradient = gradient_of(
+            state.params, state.batch_stats, batch
         )
-        batch_stats, sound = join_state(batch_stats, backward), sound & _all_finite(backward)
         if sam_rho is not None:
             risen = ascended(state.params, gradient, sam_rho)
-            _, (gradient, _) = gradient_of(risen, *split_state(state.batch_stats), batch)
+            _, _, gradient = gradient_of(risen, state.batch_stats, batch)
         gradient_norm = optax.tree.norm(gradient)
         update, opt_state = direction.update(gradient, state.opt_state, state.params)
         measures = {**measures, **clipped_fractions(opt_state)}
@@ -143,6 +168,75 @@ def make_train_step(
         )
 
     return train_step
+
+
+def make_gradient(
+    model: nn.Module,
+    label_smoothing: float = 0.0,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[Any, Any, Batch], tuple[Array, Seen, Any]]:
+    """Returns `gradient(params, batch_stats, batch) -> (mean loss, Seen, gradient by params)`.
+
+    All three are of the whole batch: averaged over `microbatches`, and over replicas if there is an
+    `axis_name`. New statistics are averaged over microbatches as over groups of one batch.
+    """
+    loss_of = make_loss(model, label_smoothing, axis_name)
+
+    def split_loss(params: Any, backward: Any, others: Any, batch: Batch) -> tuple[Array, Seen]:
+        return loss_of(params, join_state(others, backward), batch)
+
+    # A statistic of the backward pass comes out as the gradient by its old value.
+    split_gradient = jax.value_and_grad(split_loss, argnums=(0, 1), has_aux=True)
+
+    def of_part(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Seen, Any]:
+        (loss, seen), (gradient, backward) = split_gradient(
+            params, *split_state(batch_stats), batch
+        )
+        seen = seen._replace(
+            batch_stats=join_state(seen.batch_stats, backward),
+            sound=seen.sound & _all_finite(backward),
+        )
+        return loss, seen, gradient
+
+    def of_batch(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Seen, Any]:
+        if microbatches == 1:
+            return of_part(params, batch_stats, batch)
+        sums = over_parts(
+            lambda part: of_part(params, batch_stats, part), batch, microbatches, _add
+        )
+        loss, seen, gradient = jax.tree.map(
+            lambda x: x / microbatches if jnp.issubdtype(x.dtype, jnp.floating) else x, sums
+        )
+        return loss, seen, gradient
+
+    def of_replicas(params: Any, batch_stats: Any, batch: Batch) -> tuple[Array, Seen, Any]:
+        loss, seen, gradient = of_batch(params, batch_stats, batch)
+        loss, correct, unsound, gradient = jax.lax.psum(
+            (loss, seen.correct, (~seen.sound).astype(jnp.int32), gradient), axis_name
+        )
+        measures = jax.lax.pmean(seen.measures, axis_name)
+        return loss, Seen(correct, seen.batch_stats, unsound == 0, measures), gradient
+
+    return of_batch if axis_name is None else of_replicas
+
+
+def _add(total: tuple[Array, Seen, Any], part: tuple[Array, Seen, Any]) -> tuple[Array, Seen, Any]:
+    """Returns the sums over microbatches; a counter among the statistics is as of the last one."""
+
+    def plus(a: Array, b: Array) -> Array:
+        return a + b
+
+    def statistic(a: Array, b: Array) -> Array:
+        return a + b if jnp.issubdtype(b.dtype, jnp.floating) else b
+
+    seen = Seen(
+        correct=total[1].correct + part[1].correct,
+        batch_stats=jax.tree.map(statistic, total[1].batch_stats, part[1].batch_stats),
+        sound=total[1].sound & part[1].sound,
+        measures=jax.tree.map(plus, total[1].measures, part[1].measures),
+    )
+    return total[0] + part[0], seen, jax.tree.map(plus, total[2], part[2])
 
 
 def warmed_up(decay: float, step: Array | int) -> Array:

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from several import (
     FIELDS,
-    command,
     ended,
-    environment,
     final_state,
     kill,
     start,

@@ -72,7 +72,7 @@ def test_of_mixed_examples_the_likeliest_class_is_the_right_one():
         """The images are the logits."""
 
         @nn.compact
-        def __call__(self, x, *, train):
+        def __call__(self, x, *, train, mask=None):
             return self.param("w", nn.initializers.ones, ()) * x
 
     logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
