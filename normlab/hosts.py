@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Iterable, Mapping
 
 from normlab.environment import entry_environment
 from normlab.errors import UserError
@@ -190,8 +189,8 @@ def watch(arguments: list[str], place: Place, timeout: int) -> int:
         number: signal.signal(number, lambda number, _: child.send_signal(number))
         for number in _FORWARDED
     }
-    last_words: list[str] = []
-    listener = threading.Thread(target=_listen, args=(child.stderr, last_words), daemon=True)
+    heard = _Heard()
+    listener = threading.Thread(target=heard.listen, args=(child.stderr,), daemon=True)
     listener.start()
     try:
         code = child.wait()
@@ -199,31 +198,42 @@ def watch(arguments: list[str], place: Place, timeout: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    message = _death(-code, place) if code < 0 else ""
-    own = [line for line in last_words if line.startswith("normlab: ")]
-    if last_words and not own and code == -signal.SIGABRT:
+    if code == -signal.SIGABRT and heard.last_words:
         message = lost(place.index, place.count, timeout)
     else:
-        sys.stderr.writelines(own or last_words)
-    if message:
+        message = _death(-code, place) if code < 0 else ""
+        if not heard.said_lost:
+            sys.stderr.writelines(heard.last_words)
+    if message and not heard.said_lost:
         print(f"normlab: {message}", file=sys.stderr, flush=True)
     return code if code >= 0 else 1
 
 
-_DYING = re.compile(r"[EF]\d{4} [\d:.]+ +\d+ (coordination_service|client\.h)")
-"""How the lines begin with which JAX says that it ends the process, before a stack trace."""
+class _Heard:
+    """What a process writes to stderr, handed on line by line, but for what JAX says of its abort.
+
+    That begins with lines of C++'s logs and ends in a stack trace.
+    """
+
+    _DYING = re.compile(r"[EF]\d{4} [\d:.]+ +\d+ (coordination_service|client\.h)")
+
+    def __init__(self) -> None:
+        self.last_words: list[str] = []
+        self.said_lost = False  # it found by itself that another process has ended
+
+    def listen(self, lines: Iterable[str]) -> None:
+        """Reads to the end of `lines`."""
+        for line in lines:
+            own = line.startswith("normlab: ")
+            self.said_lost |= own and _LOST in line
+            if not own and (self.last_words or self._DYING.match(line)):
+                self.last_words.append(line)
+            else:
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
 
-def _listen(lines: IO[str], last_words: list[str]) -> None:
-    """Passes lines on to stderr; those of JAX's abort and all behind them go to `last_words`."""
-    for line in lines:
-        if last_words or _DYING.match(line):
-            last_words.append(line)
-        else:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-
-
+_LOST = "stops: another process has ended"
 _RESTART = "start all processes again with the same command, and the run goes on"
 
 
@@ -233,7 +243,7 @@ def lost(index: int, count: int, timeout: int | None = None) -> str:
     With `timeout`, the seconds for which it may have waited to hear from it.
     """
     silent = "" if timeout is None else f" or was not heard of for {timeout} seconds"
-    return f"process {index} of {count} stops: another process has ended{silent}; {_RESTART}"
+    return f"process {index} of {count} {_LOST}{silent}; {_RESTART}"
 
 
 def _death(number: int, place: Place) -> str:

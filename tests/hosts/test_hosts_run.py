@@ -263,3 +263,42 @@ def test_streamed_images_make_the_same_run_in_several_processes(tmp_path, square
     config = load_config("configs/digits.py", fields)
     train(config, tmp_path / "one")
     assert_same_run(tmp_path / "several", tmp_path / "one", config)
+
+
+def shares(source, fields, count=2):
+    """Returns what each of `count` processes of two devices reads (read_shard.py)."""
+    program = [sys.executable, str(Path(__file__).with_name("read_shard.py")), source]
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [*program, json.dumps(fields), address, str(count), str(i)],
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def test_each_process_decodes_the_rows_of_its_devices_alone(squares):
+    """Of two batches of 8 the first process has rows 0 to 3; 5 test images are padded to 8."""
+    first, second = shares("configs/digits.py", {**STREAMED, "data.path": str(squares)})
+    assert first["decoded"] == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert second["decoded"] == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert first["tested_decoded"] == [0, 1, 2, 3]
+    assert second["tested_decoded"] == [4]
+    # Ten dark ones (0), then the light ones; of the test images three and three.
+    assert [first["trained"], second["trained"]] == [[[0] * 4, [0, 0, 1, 1]], [[0] * 4, [1] * 4]]
+    assert [first["tested"][:4], second["tested"][:1]] == [[0, 0, 0, 1], [1]]
+
+
+@pytest.mark.slow
+def test_of_data_in_memory_each_process_puts_its_rows_alone_on_its_devices():
+    from normlab.data import load
+
+    labels = load(load_config("configs/digits.py").data).train.labels.tolist()
+    first, second = shares("configs/digits.py", {})
+    assert first["trained"] == [labels[0:4], labels[8:12]]
+    assert second["trained"] == [labels[4:8], labels[12:16]]
