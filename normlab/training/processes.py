@@ -31,6 +31,9 @@ from normlab.training.signals import Interrupted
 
 T = TypeVar("T")
 
+_SAVING_SECONDS = 3600
+"""How long the others wait at the end for process 0, which may be writing a large checkpoint."""
+
 
 class EndedTogether(Exception):
     """What stopped one process, as all of them say it, each with that one's exit code."""
@@ -74,7 +77,7 @@ def joined(place: Place, timeout: int) -> Iterator[None]:
             place.index,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=timeout,
-            shutdown_timeout_seconds=timeout,
+            shutdown_timeout_seconds=_SAVING_SECONDS,
             cluster_detection_method="deactivate",
         )
     except (RuntimeError, ValueError) as error:
@@ -83,8 +86,9 @@ def joined(place: Place, timeout: int) -> Iterator[None]:
             f"{one_line(error)}"
         ) from error
     try:
-        _check_devices()
-        yield
+        with losses_named():
+            _check_devices()
+            yield
     except (EndedTogether, Interrupted):
         jax.distributed.shutdown()
         raise
