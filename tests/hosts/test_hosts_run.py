@@ -31,8 +31,11 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(folder, other, config):
-    """The same lines and the same final state, to the tolerance of float32 sums."""
+def assert_same_run(folder, other, config, drawn=True):
+    """The same lines and the same final state, to the tolerance of float32 sums.
+
+    And the same initial values to the bit, if they are `drawn` and not computed from data.
+    """
     ours, theirs = lines(folder), lines(other)
     assert [(x["step"], x["split"]) for x in ours] == [(x["step"], x["split"]) for x in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -40,7 +43,8 @@ def assert_same_run(folder, other, config):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
         assert a.get("learning_rate") == b.get("learning_rate")
     manifests = [json.loads((x / "manifest.json").read_text()) for x in (folder, other)]
-    for name in ("id", "data_order_hash", "augmentation_hash", "init_hashes"):
+    exact = "id", "data_order_hash", "augmentation_hash", *(("init_hashes",) if drawn else ())
+    for name in exact:
         assert manifests[0][name] == manifests[1][name]
     (step, state), (other_step, other_state) = (final_state(x, config) for x in (folder, other))
     assert step == other_step
@@ -50,7 +54,7 @@ def assert_same_run(folder, other, config):
 
 
 def test_two_processes_make_the_run_of_one(tmp_path):
-    fields = {**FIELDS, "train.num_steps": 8, "data.crop_padding": 1}
+    fields = {**FIELDS, "train.num_steps": 6, "data.crop_padding": 1}
     both = ended(start(2, tmp_path / "two", fields))
     assert [code for code, _ in both] == [0, 0], both
     assert [errors for _, errors in both] == ["", ""]
@@ -208,7 +212,7 @@ def test_a_start_from_data_is_the_same_in_two_processes(tmp_path):
     assert [code for code, _ in found] == [0, 0], found
     config = load_config(source, fields)
     train(config, tmp_path / "one")
-    assert_same_run(tmp_path / "two", tmp_path / "one", config)
+    assert_same_run(tmp_path / "two", tmp_path / "one", config, drawn=False)
 
 
 @pytest.mark.slow
