@@ -103,6 +103,7 @@ def _dispatch(arguments: list[str]) -> int:
     if rest and not parsed.takes_config:
         raise _unknown_argument(rest[0], commands.choices[parsed.command])
     parsed.overrides = _overrides(rest, commands.choices[parsed.command])
+    parsed.command_line = arguments
     return modules[parsed.command].main(parsed)
 
 

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from normlab import hosts
+from normlab.errors import UserError
+
 HELP = "train one run, or resume it"
 TAKES_CONFIG = True
 
@@ -18,26 +21,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="e.g. configs/digits.py:norm=layer_norm; any field: --config.optim.base_lr=0.5",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    several = parser.add_argument_group(
+        "several processes", "one run on several machines; the same command on each (docs)"
+    )
+    several.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        choices=("auto",),
+        help="this is one of the run's processes, as SLURM, Kubernetes or a TPU says, or:",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which this one is, from 0")
+    several.add_argument(
+        "--distributed-timeout",
+        type=int,
+        default=hosts.TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"how long one that is not there is waited for ({hosts.TIMEOUT_SECONDS})",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Trains and prints; returns 0, or 3 if the run diverged."""
+    place = _place(args)
+    if place is not None and not hosts.is_watched():
+        return hosts.watch(args.command_line, place, args.distributed_timeout)
     from normlab.config import load_config
 
     config = load_config(args.config, args.overrides)
-    return train_and_print(config, args.workdir, args.overrides)
+    if place is None:
+        return train_and_print(config, args.workdir, args.overrides)
+    from normlab.training.processes import joined
+
+    with joined(place, args.distributed_timeout):
+        return train_and_print(config, args.workdir, args.overrides, silent=place.index > 0)
 
 
-def train_and_print(config: Any, workdir: str, overrides: Mapping[str, Any]) -> int:
-    """Does what `main` says for a config that is loaded."""
+def _place(args: argparse.Namespace) -> hosts.Place | None:
+    """Returns which process of the run this one is; None if it is the only one.
+
+    Raises UserError for flags that do not say it.
+    """
+    flags = args.coordinator, args.num_processes, args.process_id
+    if args.distributed is None and flags == (None, None, None):
+        return None
+    if args.distributed_timeout < 1:
+        raise UserError(f"--distributed-timeout={args.distributed_timeout} must be 1 or more")
+    return hosts.find_place(*flags)
+
+
+def train_and_print(
+    config: Any, workdir: str, overrides: Mapping[str, Any], *, silent: bool = False
+) -> int:
+    """Does what `main` says for a config that is loaded; prints nothing if `silent`."""
     from normlab.training.loop import train
 
     what = f"{config.model.kind} with {config.norm.kind} on {config.data.name}, seed {config.seed}"
-    result = train(config, workdir, overrides=overrides, progress=_progress(what))
+    progress = None if silent else _progress(what)
+    result = train(config, workdir, overrides=overrides, progress=progress)
+    code = 3 if result["status"] == "diverged" else 0
+    if silent:
+        return code
     for name, value in result.items():
         print(f"{name:40} {value:.6g}" if isinstance(value, float) else f"{name:40} {value}")
     print(f"in {workdir}")
-    return 3 if result["status"] == "diverged" else 0
+    return code
 
 
 def _progress(what: str) -> Callable[[int, int, Mapping[str, Any] | None], None]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normlab.data.images import Encoded, central_part, prefetched, random_part
     from normlab.data.info import DATASETS, DatasetInfo, binary, dataset_info
     from normlab.data.pipeline import (
+        Arranged,
         Examples,
         augmentation_hash,
         epoch_permutation,
@@ -41,6 +42,7 @@ _HOMES = {
     "draws": ("dropout_key", "step_key"),
     "info": ("DATASETS", "DatasetInfo", "binary", "dataset_info"),
     "pipeline": (
+        "Arranged",
         "Examples",
         "augmentation_hash",
         "epoch_permutation",
@@ -70,6 +72,7 @@ _HOMES = {
 __all__ = [
     "DATASETS",
     "AnySplit",
+    "Arranged",
     "Dataset",
     "DatasetInfo",
     "Encoded",

@@ -5,7 +5,7 @@ steps, and every normalizer that shares a seed sees the same examples in the sam
 """
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,16 @@ from normlab.data.randaugment import rand_augment
 from normlab.errors import UserError
 
 Examples = tuple[Array, Array]  # images uint8 [N, H, W, C], labels int32 [N]
+
+
+class Arranged(NamedTuple):
+    """Examples that are the batch itself, in its order, and maybe padding behind it.
+
+    Indices into them are counted and not looked at, so each may stay on the device that has it.
+    """
+
+    images: Array  # uint8 [B + padding, H, W, C]
+    labels: Array  # int32 [B + padding]
 
 
 def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -99,9 +109,12 @@ def fetch(examples: Examples, indices: Array, info: DatasetInfo) -> tuple[Array,
 
     The values are (pixel / 255 − mean) / std, with the mean and std of `info`: the training set's,
     or ImageNet's of images of any size, whatever data set they are of.
-    `indices`: int32 [B].
+    `indices`: int32 [B]; of `Arranged` examples they are all.
     """
     images, labels = examples
+    if isinstance(examples, Arranged):
+        count = len(indices)
+        return standardized(images[:count], info), labels[:count]
     chosen = jnp.take(images, indices, axis=0)
     return standardized(chosen, info), jnp.take(labels, indices, axis=0)
 

@@ -33,8 +33,6 @@ def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
 
     `facts` go into its manifest: the run's id and the data position.
     """
-    import orbax.checkpoint as ocp
-
     final = folder / str(step)
     temporary = folder / f".writing-{step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -42,7 +40,7 @@ def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
     needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
     if shutil.disk_usage(temporary).free < needed + _OVERHEAD_BYTES:
         raise _full(folder)
-    with _one_line_when_full(folder), ocp.StandardCheckpointer() as checkpointer:
+    with _one_line_when_full(folder), _checkpointer() as checkpointer:
         checkpointer.save((temporary / "state").resolve(), jax.tree.map(np.asarray, state))
     manifest = {
         "step": step,
@@ -55,6 +53,20 @@ def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
         final.rename(free_name(folder / f"bad-{step}"))
     temporary.rename(final)
     return final
+
+
+def _checkpointer() -> Any:
+    """Returns orbax's checkpointer, of this process alone where there are several."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="normlab",
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 @contextlib.contextmanager
@@ -107,8 +119,6 @@ def load(
     Raises UserError, one line, if a file is missing, added or altered, if a fact differs from
     `facts`, or if the state has another form.
     """
-    import orbax.checkpoint as ocp
-
     manifest = read_json(path / "manifest.json")
     if manifest is None:
         raise UserError(f"checkpoint {path} has no manifest")
@@ -129,7 +139,7 @@ def load(
         )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return checkpointer.restore((path / "state").resolve(), abstract), manifest
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).split("\n", 1)[0][:200]

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from normlab.data import DatasetInfo, Examples, eval_indices, fetch
 from normlab.norms.functional import Moments, merge_moments
 from normlab.training.examples import Feed, RunData
-from normlab.training.parallel import Compiler, shard_rows
+from normlab.training.parallel import Compiler, shard_rows, splittable
 from normlab.training.setup import Parts
 from normlab.training.step import cross_entropy
 
@@ -152,9 +152,7 @@ class Evaluator:
 
     def _batches(self, count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields batches that the devices can split; none larger than there is data."""
-        devices = self.mesh.size
-        batch_size = -(-min(batch_size, count) // devices) * devices
-        indices, mask = eval_indices(count, batch_size)
+        indices, mask = eval_indices(count, splittable(min(batch_size, count), self.mesh))
         return zip(indices, mask, strict=True)
 
     def _training_batches(

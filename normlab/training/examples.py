@@ -1,8 +1,10 @@
-"""A run's data as its steps get it: whole on every device, or decoded batch by batch.
+"""A run's data as its steps get it: whole on every device, or batch by batch.
 
 Either kind gives pairs (examples, rows): arrays on the devices, and the places in them of the
 examples that are meant. Of data in memory the arrays are always the same; of encoded images they
-are the batch itself, made by threads while the devices compute.
+are the batch itself, made by threads while the devices compute. Where several processes share a
+batch, it is always the batch itself, and each process decodes and puts on its devices its own rows
+alone.
 """
 
 import dataclasses
@@ -15,9 +17,11 @@ from ml_collections import ConfigDict
 
 from normlab.data import (
     AnySplit,
+    Arranged,
     DatasetInfo,
     Encoded,
     Examples,
+    Split,
     central_part,
     evaluated,
     hold_out,
@@ -64,6 +68,28 @@ class Resident:
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """Examples in the memory of each of several processes; its own rows go onto its devices."""
+
+    split: Split
+    mesh: Mesh
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batches(self, indices: Iterable[np.ndarray]) -> Generator[Batch]:
+        """Yields the batch of each `indices`, int32 [B]."""
+        for rows in indices:
+            own = _own(len(rows), self.mesh)
+            mine = self.split.images[rows[own]], self.split.labels[rows[own]]
+            yield _arranged(*mine, own.stop - own.start, self.mesh), rows
+
+    def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
+        """Yields what the steps are trained on, one at a time."""
+        return ((batch, rows[None]) for batch, rows in self.batches(indices))
+
+
+@dataclasses.dataclass(frozen=True)
 class Streamed:
     """Encoded images, decoded and cropped as they are asked for."""
 
@@ -79,34 +105,57 @@ class Streamed:
         """Yields the batch of each `indices`, int32 [B]: the middle of each image."""
         middle = central_part(self.config.eval_crop)
 
-        def decode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return self._cropped(rows, [middle] * len(rows))
+        def decode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+            mine = rows[_own(len(rows), self.mesh)]
+            return *self._cropped(mine, [middle] * len(mine)), len(rows)
 
-        for images, labels in prefetched(indices, decode):
-            yield self._placed(images, labels), np.arange(len(labels), dtype=np.int32)
+        for images, labels, count in prefetched(indices, decode):
+            own = _own(count, self.mesh)
+            places = np.arange(count, dtype=np.int32)
+            yield _arranged(images, labels, own.stop - own.start, self.mesh), places
 
     def steps(self, seed: int, first: int, indices: np.ndarray, together: int) -> Generator[Batch]:
-        """Yields what the steps are trained on: a random part of each image, if so configured."""
+        """Yields what the steps are trained on: a random part of each image, if so configured.
+
+        On several devices one step at a time, each device getting the images that it works on.
+        """
         middle = central_part(self.config.eval_crop)
         area = self.config.crop_area if self.config.random_resized_crop else None
+        together = together if self.mesh.size == 1 else 1
+
+        own = _own(indices.shape[1], self.mesh)
 
         def decode(chosen: slice) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-            rows = indices[chosen]
+            mine = indices[chosen, own]
             parts = [
-                random_part(seed, first + chosen.start + step, place, area) if area else middle
-                for step, place in np.ndindex(rows.shape)
+                random_part(seed, first + chosen.start + step, own.start + place, area)
+                if area
+                else middle
+                for step, place in np.ndindex(mine.shape)
             ]
-            return *self._cropped(rows.ravel(), parts), rows.shape
+            return *self._cropped(mine.ravel(), parts), indices[chosen].shape
 
         for images, labels, shape in prefetched(_chunks(len(indices), together), decode):
-            places = np.arange(len(labels), dtype=np.int32).reshape(shape)
-            yield self._placed(images, labels), places
+            batch = _arranged(images, labels, shape[0] * (own.stop - own.start), self.mesh)
+            places = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+            yield batch if shape[0] == 1 else (batch.images, batch.labels), places
 
     def _cropped(self, rows: np.ndarray, parts: Any) -> tuple[np.ndarray, np.ndarray]:
         return self.images.cropped(rows, parts, self.info.image_shape, self.config.interpolation)
 
-    def _placed(self, images: np.ndarray, labels: np.ndarray) -> Examples:
-        return parallel.replicate((images, labels), self.mesh)
+
+def _own(count: int, mesh: Mesh) -> slice:
+    """Returns which rows of a batch of `count` this process has, those of padding behind it too."""
+    return parallel.own_rows(parallel.splittable(count, mesh), mesh)
+
+
+def _arranged(images: np.ndarray, labels: np.ndarray, size: int, mesh: Mesh) -> Arranged:
+    """Returns a batch of which this process has these rows, padded to `size`, on the devices."""
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+    return Arranged(*parallel.put_rows((padded(images), padded(labels)), mesh))
 
 
 def _chunks(count: int, together: int) -> Iterator[slice]:
@@ -133,6 +182,8 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     def feed(split: AnySplit, info: DatasetInfo) -> Feed:
         if isinstance(split, Encoded):
             return Streamed(split, info, config.data, mesh)
+        if mesh.is_multi_process:
+            return Held(split, mesh)
         return Resident(parallel.replicate((split.images, split.labels), mesh))
 
     info = evaluated(data.info, config.data)

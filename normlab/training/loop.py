@@ -5,10 +5,10 @@ keyed by (seed, step), the schedule reads the state's step, and the sums behind 
 part of the state. So a run that was killed and resumed ends with the bytes of one that was not.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from ml_collections import ConfigDict
 
 from normlab import models, run
 from normlab.data import dropout_key, order_hash, train_indices, training_batch
-from normlab.training import checkpoint, parallel
+from normlab.training import checkpoint, parallel, processes
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
 from normlab.training.memory import HighWaterMark
 from normlab.training.probe import layer_metrics, unit_percentiles
 from normlab.training.record import check_fingerprint, describe_run, note_groups
-from normlab.training.setup import Parts, build_parts, id_of, run_identity
+from normlab.training.setup import Parts, build_parts, id_of, run_identity, shared_config
 from normlab.training.signals import Interrupted, Signals
-from normlab.training.sinks import check_sinks, open_sinks
+from normlab.training.sinks import Sink, check_sinks, open_sinks
 from normlab.training.start import start_from_data
 from normlab.training.state import CULPRITS, Totals, TrainState, create_state
 from normlab.training.step import Batch, make_train_step
@@ -55,25 +55,46 @@ def train(
     ("done" or "diverged"), `steps`, `seconds`, `compile_seconds`, `examples_per_second`,
     `num_params`. `overrides` are noted in the manifest. Raises UserError before anything is
     compiled or written if the config or the folder is wrong, or the data are no longer those that
-    the run began with, and Interrupted after a SIGINT or SIGTERM.
+    the run began with, and Interrupted after a SIGINT or SIGTERM. Where several processes share the
+    run (`training/processes.py`), process 0 alone has the folder, and all raise what one raises.
     """
     folder = Path(workdir)
-    parts = build_parts(config)
-    check_sinks(config)
-    run.open_folder(folder, run_identity(config))
-    with run.locked(folder):
-        finished = run.read_result(folder)
-        if finished is not None:
-            run.note_result(folder, finished)
+    parts = processes.agreed(lambda: build_parts(config))
+    processes.check_same("config field", shared_config(config))
+    with contextlib.ExitStack() as held:
+
+        def take_folder() -> dict[str, Any] | None:
+            check_sinks(config)
+            run.open_folder(folder, run_identity(config))
+            held.enter_context(run.locked(folder))
+            finished = run.read_result(folder)
+            if finished is not None:
+                run.note_result(folder, finished)
             return finished
-        with run.log_to(folder / "log.txt"), run.failure_noted(folder):
+
+        finished = processes.from_first(take_folder)
+        if finished is not None:
+            return finished
+        with _noted(folder):
             began = time.perf_counter()
             parallel.enable_compilation_cache(config)
             mesh = parallel.make_mesh(config)
-            data = load_data(config, mesh)
-        check_fingerprint(folder, config, data.fingerprint)
-        with run.log_to(folder / "log.txt"), run.failure_noted(folder):
+            data = processes.agreed(lambda: load_data(config, mesh))
+        processes.check_same("data's", {"fingerprint": data.fingerprint})
+        processes.from_first(lambda: check_fingerprint(folder, config, data.fingerprint))
+        with _noted(folder):
             return _Run(parts, folder, overrides or {}, progress, mesh, data, began).finish()
+
+
+@contextlib.contextmanager
+def _noted(folder: Path) -> Iterator[None]:
+    """Notes in the run's folder what the block says and how it fails."""
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            stack.enter_context(run.log_to(folder / "log.txt"))
+            stack.enter_context(run.failure_noted(folder))
+        stack.enter_context(processes.losses_named())
+        yield
 
 
 def train_step_of(parts: Parts) -> Callable[[TrainState, Batch], TrainState]:
@@ -125,27 +146,37 @@ class _Run:
         if parts.model.conv.starts_from_data:
             state = start_from_data(parts, state, self.data, self.compiler)
         self.num_params = models.count_params(state.params)
-        order = order_hash(config.seed, parts.length.batch_size, len(self.data.train))
-        describe_run(parts, folder, overrides, self.data.fingerprint, order, state.params)
-        note_groups(parts)
         self.facts = {"run": id_of(config), "seed": config.seed, "data": self.data.fingerprint}
-        resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
-        self.step = 0
-        manifest: dict[str, Any] = {}
-        if resumed:
-            self.step, state, manifest = resumed
-            _LOG.info("resumed at step %d", self.step)
-        run.truncate_logs(folder, manifest.get("log_bytes", {}))
-        self.before = run.last_timing(folder)  # seconds spent by earlier processes on this run
+        self.writes = processes.is_first()
+        self.before: dict[str, float] = {}  # seconds spent by earlier processes on this run
         self.train_seconds = 0.0
-        self.state: TrainState = parallel.replicate(state, self.mesh)
-        run.write_status(folder, "running", self.step)
+        if self.writes:
+            state = self._take_up(state, overrides)
+        self.state: TrainState = parallel.replicate(processes.broadcast(state), self.mesh)
+        self.step = int(self.state.step)
+        self.flag = processes.Flag()
+        if self.writes:
+            run.write_status(folder, "running", self.step)
         self._show(None)
+
+    def _take_up(self, state: TrainState, overrides: Mapping[str, Any]) -> TrainState:
+        """Returns the state that the folder's run goes on from, `state` if it has not begun."""
+        config, folder = self.parts.config, self.folder
+        order = order_hash(config.seed, self.parts.length.batch_size, len(self.data.train))
+        describe_run(self.parts, folder, overrides, self.data.fingerprint, order, state.params)
+        note_groups(self.parts)
+        manifest: dict[str, Any] = {}
+        resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
+        if resumed:
+            step, state, manifest = resumed
+            _LOG.info("resumed at step %d", step)
+        run.truncate_logs(folder, manifest.get("log_bytes", {}))
+        self.before = run.last_timing(folder)
+        return state
 
     def finish(self) -> dict[str, Any]:
         """Trains to the end and returns the result, which stands in result.json then."""
-        opened = open_sinks(self.parts.config, self.folder, self.facts["run"], self.step)
-        with Signals() as signals, opened as self.send:
+        with Signals() as signals, self._opened_sinks() as self.send:
             if self.step == 0 and (watched := self._watch()):
                 self._log({"step": 0, "split": "layers", **watched})
             while self.step < self.parts.length.num_steps and not self._diverged():
@@ -159,13 +190,19 @@ class _Run:
                     self._log_training()
                 if "eval" in arrived and self.step < self.parts.length.num_steps:
                     self._evaluate()
-                if signals.received is not None:
+                if stopped := self.flag(signals.received or 0):
                     self._save()
-                    raise Interrupted(signals.received, self.step)
+                    raise Interrupted(stopped, self.step)
                 if "checkpoint" in arrived:
                     self._save()
-            signals.saved(self.step)
+            if not processes.are_several():  # who would leave the others behind
+                signals.saved(self.step)
             return self._conclude()
+
+    def _opened_sinks(self) -> contextlib.AbstractContextManager[Sink | None]:
+        if not self.writes:
+            return contextlib.nullcontext()
+        return open_sinks(self.parts.config, self.folder, self.facts["run"], self.step)
 
     def _next_events(self) -> dict[str, int]:
         """Returns the step of the next event of each kind; the end of the run is one of each."""
@@ -189,9 +226,10 @@ class _Run:
         )
         compiled_before, start = self.compiler.seconds, time.perf_counter()
         looked = self.step
-        with closing(self.data.train.steps(config.seed, first, indices, together)) as batches:
+        made = self.data.train.steps(config.seed, first, indices, together)
+        with contextlib.closing(made) as batches:
             for data, rows in batches:
-                if signals.received is not None:
+                if self.flag(signals.received or 0):
                     break
                 self.state = self.take_steps(self.state, data, seed, rows)
                 self.step += len(rows)
@@ -270,6 +308,8 @@ class _Run:
         )
 
     def _log(self, line: Mapping[str, Any]) -> None:
+        if self.send is None:
+            return
         run.append_line(self.folder / "metrics.jsonl", line)
         self.send(line)
         self._time()
@@ -289,6 +329,8 @@ class _Run:
         return {name: round(self.before.get(name, 0.0) + now[name], 6) for name in now}
 
     def _save(self) -> None:
+        if not self.writes:
+            return
         self._time()
         facts = self.facts | {"log_bytes": run.log_bytes(self.folder)}
         checkpoint.save(self.folder / "checkpoints", self.step, self.state, facts)
@@ -332,7 +374,7 @@ class _Run:
         result: dict[str, Any] = {
             "status": "diverged" if diverged else "done",
             **by_split(final),
-            "train_loss": run.last_train_loss(self.folder),
+            "train_loss": run.last_train_loss(self.folder) if self.writes else None,
             "steps": self.step,
             "seconds": timing["seconds"],
             "compile_seconds": timing["compile_seconds"],
@@ -352,6 +394,7 @@ class _Run:
             )
             _LOG.warning("diverged: %s", message)
         clean = {name: run.finite_or_none(value) for name, value in result.items()}
-        run.write_json(self.folder / "result.json", clean)
-        run.write_status(self.folder, result["status"], self.step, message)
-        return clean
+        if self.writes:
+            run.write_json(self.folder / "result.json", clean)
+            run.write_status(self.folder, result["status"], self.step, message)
+        return processes.exchange(clean)[0]

@@ -42,12 +42,17 @@ AXIS = "batch"
 def devices(config: ConfigDict | None = None) -> list[jax.Device]:
     """Returns the devices that share a batch: the first `parallel.num_devices`, or all.
 
-    Raises UserError if there are not so many.
+    Those of a process stand together. Raises UserError if there are not so many.
     """
-    there = jax.devices()
+    there = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     wanted = None if config is None else config.parallel.num_devices
     if wanted is None:
         return there
+    if jax.process_count() > 1 and wanted != len(there):
+        raise UserError(
+            f"config field 'parallel.num_devices' = {wanted}: the run's {jax.process_count()} "
+            f"processes use all of their {len(there)} devices"
+        )
     if not 1 <= wanted <= len(there):
         raise UserError(
             f"config field 'parallel.num_devices' = {wanted} must be from 1 to {len(there)}, "
@@ -69,10 +74,12 @@ def make_mesh(config: ConfigDict | None = None) -> Mesh:
 def axis_name(config: ConfigDict) -> str | None:
     """Returns the name of the devices' axis that a replica's collectives go over; None under jit.
 
-    Raises UserError for an unknown `parallel.mode`.
+    Raises UserError for an unknown `parallel.mode`, and for pmap in several processes.
     """
     if config.parallel.mode not in MODES:
         raise unknown("'parallel.mode'", config.parallel.mode, MODES)
+    if config.parallel.mode == "pmap" and jax.process_count() > 1:
+        raise UserError("config field 'parallel.mode' = 'pmap': several processes need 'jit'")
     return AXIS if config.parallel.mode == "pmap" else None
 
 
@@ -220,8 +227,37 @@ def steps_per_dispatch(config: ConfigDict, resident: bool = True) -> int:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts every array of the tree whole onto every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Puts every array of the tree whole onto every device; all processes give the same arrays."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: Any) -> Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)
+
+
+def splittable(count: int, mesh: Mesh) -> int:
+    """Returns the least number of rows from `count` on that the devices can share."""
+    return -(-count // mesh.size) * mesh.size
+
+
+def own_rows(count: int, mesh: Mesh) -> slice:
+    """Returns which of the `count` rows of a batch this process's devices hold: consecutive ones.
+
+    `count` is a multiple of the number of devices.
+    """
+    places = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((count,))
+    bounds = [index[0].indices(count) for index in places.values() if index is not None]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Lays arrays over the devices, each giving this process's rows (`own_rows`) of a batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def shard_rows(array: Array, mesh: Mesh) -> Array:
@@ -287,7 +323,9 @@ class Compiler:
         if key not in self._compiled:
             start = time.perf_counter()
             mapped = _replicas(function, layout, arguments[1], donate) if layout else None
-            jitted = mapped or jax.jit(function, donate_argnums=donate)
+            # What all processes read must be whole in each; XLA alone may leave it in parts.
+            whole = NamedSharding(make_mesh(), PartitionSpec()) if jax.process_count() > 1 else None
+            jitted = mapped or jax.jit(function, donate_argnums=donate, out_shardings=whole)
             self._compiled[key] = jitted.lower(*arguments).compile(self._options)
             self.seconds += time.perf_counter() - start
         return self._compiled[key]

@@ -37,7 +37,7 @@ from normlab.models.layers import norm_layers
 from normlab.models.signals import SIGNALS
 from normlab.norms.functional import Moments
 from normlab.training.examples import Feed
-from normlab.training.parallel import Compiler, seed_array, shard_rows
+from normlab.training.parallel import Compiler, make_mesh, seed_array, shard_rows, splittable
 
 SAMPLE = 4096
 """Values of a layer, at most, whose percentiles are logged: one and the same random choice."""
@@ -96,7 +96,8 @@ def unit_percentiles(
         return y[..., unit]
 
     found = []
-    indices, masks = eval_indices(len(examples), config.eval.batch_size)
+    size = splittable(min(config.eval.batch_size, len(examples)), make_mesh(config))
+    indices, masks = eval_indices(len(examples), size)
     for (data, rows), mask in zip(examples.batches(indices), masks, strict=True):
         arguments = (variables, data, jax.numpy.asarray(rows))
         values = np.asarray(compiler("probe", outputs, *arguments)(*arguments), np.float64)

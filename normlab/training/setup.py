@@ -14,7 +14,7 @@ from flax.errors import ScopeParamShapeError
 from ml_collections import ConfigDict
 
 from normlab import models, optim
-from normlab.config import flatten, identity, run_id
+from normlab.config import flatten, identity, run_id, to_json
 from normlab.data import (
     DatasetInfo,
     check_cropping,
@@ -170,6 +170,12 @@ def run_identity(config: ConfigDict) -> dict[str, Any]:
 def _kinds(config: ConfigDict) -> list[str]:
     """Returns the config names of the normalizers that a model has."""
     return [config.norm.kind, *(kind for _, kind in parse_overrides(config.norm_overrides))]
+
+
+def shared_config(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields that all processes of a run must have the same; paths may differ."""
+    own = ("source", "data.path", "parallel.compilation_cache")
+    return {name: value for name, value in flatten(to_json(config)).items() if name not in own}
 
 
 def id_of(config: ConfigDict) -> str:

@@ -16,15 +16,14 @@ from normlab.models.conv import StandardConv, linear_norm
 from normlab.norms import NORMS, join_state, split_state
 from normlab.norms.groups import BatchNormalizer
 
-DEVICES, EXAMPLES, POSITIONS, CHANNELS = 8, 32, 3, 4
+DEVICES, EXAMPLES, POSITIONS, CHANNELS = 8, 32, 4, 2
 SHARE = EXAMPLES // DEVICES
 
 FIELDS = {
-    "switchable_norm": {},
     "power_norm": {"warmup_steps": 1},
     "moving_average_batch_norm": {"window": 1, "warmup_steps": 1, "correction_start_steps": 0},
     "batch_group_norm": {"num_groups": 2},
-    "evonorm_b0": {"activation": None},
+    "evonorm_b0": {"activation": nn.silu},
     "batch_renorm": {"ramp_start_steps": 0, "r_ramp_end_steps": 1, "d_ramp_end_steps": 1},
     "cross_iteration_batch_norm": {"window": 3},
 }
@@ -140,33 +139,26 @@ def replicas(kind, scope):
     return run
 
 
-def replicas_of_replicas(kind, scope):
-    """pmap over four devices of two replicas each, their axes named together."""
+def replicas_on_a_grid(kind, scope):
+    """A replica on each device of a grid of 4 × 2, its two axes named together."""
     axes = ("host", "batch")
     module = net(kind, scope, axis_name=axes)
-    outs = (0, None, 0, None)
-    inner = jax.vmap(
-        lambda v, x, m: step(module, v, x, m, axes),
-        axis_name="batch",
-        in_axes=(None, 0, 0),
-        out_axes=outs,
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            lambda v, x, m: step(module, v, x, m, axes),
+            mesh=Mesh(np.array(jax.devices()).reshape(4, 2), axes),
+            in_specs=(whole, rows, rows),
+            out_specs=(rows, whole, rows, whole),
+            check_vma=False,
+        )
     )
-    mapped = jax.pmap(
-        inner, axis_name="host", in_axes=(None, 0, 0), out_axes=outs, devices=jax.devices()[:4]
-    )
-
-    def run(variables, x, mask):
-        split = x.reshape(4, 2, SHARE, *x.shape[1:]), mask.reshape(4, 2, SHARE)
-        y, by_params, by_x, state = mapped(variables, *split)
-        return y.reshape(x.shape), by_params, by_x.reshape(x.shape), state
-
-    return run
 
 
 LAYOUTS = {
     "jit over 8": sharded,
     "pmap over 8": replicas,
-    "pmap over 4 x 2": replicas_of_replicas,
+    "4 x 2": replicas_on_a_grid,
 }
 
 
@@ -185,7 +177,7 @@ def test_the_layout_of_devices_changes_no_number(kind, scope):
     variables = init(jax.random.key(1), x[:2])
     expected = {name: two_steps(run, variables, x, jnp.array(mask)) for name, mask in MASKS.items()}
     for layout, make in LAYOUTS.items():
-        if layout == "pmap over 4 x 2" and scope == "ghost over two devices":
+        if layout == "4 x 2" and scope == "ghost over two devices":
             continue  # groups of replicas are named by their place on one axis
         run = make(kind, scope)
         for name, mask in MASKS.items():
