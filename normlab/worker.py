@@ -39,8 +39,8 @@ def run_task(task: Mapping[str, Any], on_progress: Callable[[float], None]) -> d
     """Trains one planned run here; returns {"state", "message"}, and raises for no run's fault.
 
     `task` has source, overrides and workdir. `on_progress` gets the share of the steps done, 0 to
-    1. What a signal cut off has "signal", too: its number. What a mistake or the machine stopped has
-    "exit_code", that of a command.
+    1. What a signal cut off has "signal", too: its number. What a mistake or the machine stopped
+    has "exit_code", that of a command.
     """
     from normlab.config import load_config
     from normlab.errors import MachineFault, UserError

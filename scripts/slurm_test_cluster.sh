@@ -16,7 +16,9 @@ usage() {
   exit 2
 }
 
-[ $# -ge 1 ] && [ $# -le 2 ] || usage
+if [ $# -lt 1 ] || [ $# -gt 2 ]; then
+  usage
+fi
 ACTION=$1
 DIR=${2:-/tmp/normlab-slurm}
 case $DIR in /*) ;; *) DIR=$PWD/$DIR ;; esac
@@ -47,6 +49,10 @@ await() { # await SECONDS WHAT COMMAND...
     fi
     sleep 0.2
   done
+}
+
+no_jobs() {
+  [ -z "$(squeue --noheader)" ]
 }
 
 free_ports() { # two ports that nobody has
@@ -124,7 +130,7 @@ stop() {
   need_root
   if alive slurmctld; then
     scancel --user=root 2>/dev/null || true  # this cluster's: SLURM_CONF says which
-    await 30 "the end of the jobs" sh -c '[ -z "$(squeue --noheader)" ]'
+    await 30 "the end of the jobs" no_jobs
   fi
   for daemon in $DAEMONS; do
     if alive "$daemon"; then

@@ -162,7 +162,15 @@ def as_yaml(documents: Sequence[dict[str, Any]]) -> str:
     """Returns documents as YAML, keys in the order in which they are given."""
     import yaml
 
-    return yaml.safe_dump_all(documents, sort_keys=False, width=100)
+    class Dumper(yaml.SafeDumper):
+        """Writes a text of several lines as one that a person can read."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, width=100)
 
 
 def _dns_label(name: str) -> str:

@@ -226,7 +226,7 @@ def queue(folder: Path) -> dict[str, str]:
 
 
 def table(shown: str) -> Iterator[tuple[str, int, str]]:
-    """Yields (name, index, state) of each line `name|index|state`; N/A is a job without an array."""
+    """Yields (name, index, state) of lines `name|index|state`; N/A is a job without an array."""
     for line in shown.splitlines():
         name, index, state = line.strip().split("|")
         yield name, int(index) if index.isdigit() else 0, state
