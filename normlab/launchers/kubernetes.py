@@ -59,7 +59,7 @@ class Kubernetes:
         where = PurePosixPath(self.mount) / name
         advice = (
             f"{len(pending)} of {len(states)} runs to do, as pods; nothing was applied. Type:\n"
-            f"  kubectl apply -f {path}\n"
+            f"  kubectl apply --server-side -f {path}\n"
             f"When they have ended, bring {where} of claim {self.claim} to {folder}, and type the "
             "same command again: it writes the report, or the manifest of what is left."
         )
