@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from normlab import launchers, report, sweep
+from normlab import report, sweep
 from normlab.errors import UserError
 
 
@@ -34,6 +34,8 @@ def check_run_arguments(args: argparse.Namespace) -> None:
 
     (A mistake is to be found before anything is planned.)
     """
+    from normlab import launchers
+
     args.launcher = launchers.parse(args.launcher)
     for name in ("seeds", "jobs", "threads"):
         value = getattr(args, name)
@@ -52,12 +54,13 @@ def execute(
     0 if every run ended done or diverged, or if the launcher leaves the running to others; else 1.
     """
     from normlab.cli.progress import show_progress
+    from normlab.launchers import Rendered
 
     with sweep.held(folder):
         sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
         with show_progress(sys.stdout) as progress:
             states = args.launcher(plan, folder, args.jobs, args.threads, progress)
-        if isinstance(states, launchers.Rendered):
+        if isinstance(states, Rendered):
             print(states.path)
             print(states.advice)
             return 0
