@@ -255,29 +255,38 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert "submitted 1 run as SLURM's job" in err
 
 
-def test_the_template_of_a_long_run_saves_and_requeues_itself(tmp_path):
-    """scripts/templates/slurm_train.sbatch, as one process; a signal as before the time limit."""
-    there = tmp_path / "there"
-    command = ["sbatch", "--parsable", "--nodes=1", "--cpus-per-task=1", "--gpus-per-node=0"]
-    command += [f"--output={tmp_path / 'log'}", "scripts/templates/slurm_train.sbatch"]
-    command += ["--config=configs/digits.py:norm=none", f"--workdir={there}"]
-    command += [f"--config.{name}={value}" for name, value in LONG.items()]
+def template(folder, tasks, fields):
+    """Submits scripts/templates/slurm_train.sbatch; returns the number of the job."""
+    command = ["sbatch", "--parsable", "--nodes=1", f"--ntasks-per-node={tasks}"]
+    command += ["--cpus-per-task=1", "--gpus-per-node=0", f"--output={folder}.log"]
+    command += ["scripts/templates/slurm_train.sbatch", f"--workdir={folder}"]
+    command += ["--config=configs/digits.py:norm=batch_norm"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
     environment = os.environ | {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
-    number = subprocess.run(
+    ended = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    )
+    return ended.stdout.strip()
 
-    def state():
-        shown = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
-        return subprocess.run(shown, capture_output=True, text=True, check=False).stdout.strip()
 
-    until(lambda: trains(tmp_path, "there"))
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_template_of_a_long_run_saves_and_requeues_itself(tmp_path, tasks):
+    """All processes get a signal as before the time limit; they go on together."""
+    if tasks > 1:
+        shown = [sys.executable, "-m", "normlab", "train", "--help"]
+        if "--distributed" not in subprocess.run(shown, capture_output=True, text=True).stdout:
+            pytest.skip("this normlab has no --distributed")
+    fields = LONG if tasks == 1 else LONG | {"train.num_steps": "600"}
+    number = template(tmp_path / "cut", tasks, fields)
+    until(lambda: trains(tmp_path, "cut"))
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
-    until(lambda: state() == "PENDING")
-    assert f"requeueing job {number}" in (tmp_path / "log").read_text()
+    pending = ["squeue", "--noheader", "--format=%i", "--states=PENDING"]
+    until(lambda: number in subprocess.check_output(pending, text=True).split())
+    assert f"requeueing job {number}" in (tmp_path / "cut.log").read_text()
     go_at_once(number)
-    until(lambda: (there / "result.json").exists())
-    assert log(tmp_path, "there").count("resumed at step") == 1
-    plan = local(tmp_path / "here", ("none",), LONG)
-    whole = tmp_path / "here" / plan.runs[0].id / "metrics.jsonl"
-    assert (there / "metrics.jsonl").read_bytes() == whole.read_bytes()
+    until(lambda: (tmp_path / "cut" / "result.json").exists())
+    assert log(tmp_path, "cut").count("resumed at step") == 1
+    template(tmp_path / "whole", tasks, fields)
+    until(lambda: (tmp_path / "whole" / "result.json").exists())
+    cut, whole = (tmp_path / name / "metrics.jsonl" for name in ("cut", "whole"))
+    assert cut.read_bytes() == whole.read_bytes()
