@@ -71,8 +71,8 @@ def has_accelerator() -> bool:
     return gpu or importlib.util.find_spec("libtpu") is not None
 
 
-def reexecute(arguments: list[str], share_devices: bool = False) -> None:
-    """Starts `python -m normlab ARGUMENTS` in this process's place, with the entry environment.
+def reexecute(arguments: list[str], share_devices: bool = False, module: str = "normlab") -> None:
+    """Starts `python -m MODULE ARGUMENTS` in this process's place, with the entry environment.
 
     Returns only if the environment stands already, or after one try.
     """
@@ -83,7 +83,7 @@ def reexecute(arguments: list[str], share_devices: bool = False) -> None:
         return
     sys.stdout.flush()
     environment = {**os.environ, **extra, _REEXECUTED: "1"}
-    os.execve(sys.executable, [sys.executable, "-m", "normlab", *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 
 def threads() -> int:

@@ -52,11 +52,8 @@ def run_plan(
     `on_event` is called from one thread at a time. At a SIGINT or SIGTERM the workers save their
     runs. To be called from the main thread.
     """
-    distinct = {planned.id: planned for planned in reversed(plan.runs)}
-    order = list(dict.fromkeys(planned.id for planned in plan.runs))
-    states = {run_id: _settled_state(folder / run_id) for run_id in order}
-    pending = [distinct[run_id] for run_id in order if states[run_id] is None]
-    tracker = _Tracker(pending, len(order), on_event)
+    states, pending = unsettled(plan, folder)
+    tracker = Tracker(pending, len(states), on_event)
     jobs = jobs or default_jobs(threads)
     tasks: queue.SimpleQueue[PlannedRun] = queue.SimpleQueue()
     for planned in pending:
@@ -97,6 +94,14 @@ def run_plan(
     return {run_id: state or "planned" for run_id, state in states.items()}
 
 
+def unsettled(plan: Plan, folder: Path) -> tuple[dict[str, str | None], list[PlannedRun]]:
+    """Returns ({run id: done, diverged or None}, the runs that are None), in the plan's order."""
+    distinct = {planned.id: planned for planned in reversed(plan.runs)}
+    order = list(dict.fromkeys(planned.id for planned in plan.runs))
+    states = {run_id: settled_state(folder / run_id) for run_id in order}
+    return states, [distinct[run_id] for run_id in order if states[run_id] is None]
+
+
 def _stop(number: int, _frame: Any) -> None:
     raise Stopped(number)
 
@@ -116,7 +121,7 @@ def default_jobs(threads: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
-def _settled_state(folder: Path) -> str | None:
+def settled_state(folder: Path) -> str | None:
     """Returns `done` or `diverged` for a finished run, None for one that is to be run.
 
     A finished run's status.json, if it is damaged, is written again.
@@ -136,7 +141,7 @@ def _work(
     tasks: "queue.SimpleQueue[PlannedRun]",
     folder: Path,
     states: dict[str, str | None],
-    tracker: "_Tracker",
+    tracker: "Tracker",
 ) -> None:
     """Feeds one worker until the tasks or its life end."""
     while not worker.stopped:
@@ -151,13 +156,13 @@ def _work(
             if not outcome.get("crashed") or worker.stopped:
                 break
         if outcome["state"] == "failed" or outcome.get("crashed"):
-            _note(folder / planned.id, outcome)
+            note(folder / planned.id, outcome)
         states[planned.id] = outcome["state"]
         tracker.end(planned, outcome["message"])
     worker.close()
 
 
-def _note(folder: Path, outcome: Mapping[str, Any]) -> None:
+def note(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Leaves in the run's status what its process could not say, or said before it opened it."""
     if (folder / "identity.json").exists() and not run.is_locked(folder):
         step = run.last_timing(folder).get("step", 0)
@@ -175,7 +180,7 @@ def _wait_for_orphan(folder: Path) -> None:
         time.sleep(0.2)
 
 
-class _Tracker:
+class Tracker:
     """Turns signs of life of many runs into events; one caller at a time."""
 
     def __init__(

@@ -12,7 +12,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 
@@ -23,7 +23,8 @@ def main() -> None:
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(tasks,), daemon=True).start()
     while task := tasks.get():
-        _send(replies, _run(json.loads(task), replies))
+        reply = run_task(json.loads(task), lambda share: _send(replies, {"progress": share}))
+        _send(replies, reply)
 
 
 def _read(tasks: "queue.SimpleQueue[str]") -> None:
@@ -34,30 +35,40 @@ def _read(tasks: "queue.SimpleQueue[str]") -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(task: Mapping[str, Any], replies: IO[str]) -> dict[str, Any]:
+def run_task(task: Mapping[str, Any], on_progress: Callable[[float], None]) -> dict[str, Any]:
+    """Trains one planned run here; returns {"state", "message"}, and raises for no run's fault.
+
+    `task` has source, overrides and workdir. `on_progress` gets the share of the steps done, 0 to
+    1. What a signal cut off has "signal", too: its number. What a mistake or the machine stopped
+    has "exit_code", that of a command.
+    """
     from normlab.config import load_config
     from normlab.errors import MachineFault, UserError
     from normlab.training.loop import train
     from normlab.training.signals import Interrupted
 
     def progress(step: int, num_steps: int, _line: Mapping[str, Any] | None) -> None:
-        _send(replies, {"progress": step / num_steps})
+        on_progress(step / num_steps)
 
     try:
         config = load_config(task["source"], task["overrides"])
         result = train(config, task["workdir"], overrides=task["overrides"], progress=progress)
     except Interrupted as stop:
-        return {"state": "interrupted", "message": str(stop)}
+        return {"state": "interrupted", "message": str(stop), "signal": stop.exit_code - 128}
     except (UserError, MachineFault) as error:
-        return {"state": "failed", "message": f"failed: {error}"}
+        return {"state": "failed", "message": f"failed: {error}", "exit_code": error.exit_code}
     except Exception as error:
         sys.excepthook(*sys.exc_info())
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return {"state": "failed", "message": f"failed: {type(error).__name__}: {reason}"}
+    return {"state": result["status"], "message": summary(result)}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Returns one line about a finished run."""
     accuracy = result["test_accuracy"]
     seconds = f"{result['seconds']:.1f} s + {result['compile_seconds']:.1f} s compiling"
-    message = f"{result['status']}, test accuracy {accuracy:.1%} ({seconds})"
-    return {"state": result["status"], "message": message}
+    return f"{result['status']}, test accuracy {accuracy:.1%} ({seconds})"
 
 
 def _send(replies: IO[str], reply: Mapping[str, Any]) -> None:

@@ -15,6 +15,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="runs at a time (one a core; on a GPU one)"
     )
+    parser.add_argument(
+        "--launcher",
+        default="local",
+        metavar="NAME[:option=value,...]",
+        help="local, slurm, kubernetes (docs/launching.md); e.g. slurm:partition=gpu,gpus=1",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a run (1)")
     parser.add_argument(
         "--redo-other-commits",
@@ -24,7 +30,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for a number below 1."""
+    """Puts the launcher in its name's place; raises UserError for a wrong one, or a number below 1.
+
+    (A mistake is to be found before anything is planned.)
+    """
+    from normlab import launchers
+
+    args.launcher = launchers.parse(args.launcher)
     for name in ("seeds", "jobs", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -39,15 +51,19 @@ def execute(
 ) -> int:
     """Runs what is not done, calls `judge` on the rows, reports; returns the exit code.
 
-    0 if every run ended done or diverged, else 1.
+    0 if every run ended done or diverged, or if the launcher leaves the running to others; else 1.
     """
-    from normlab import pool
     from normlab.cli.progress import show_progress
+    from normlab.launchers import Rendered
 
     with sweep.held(folder):
         sweep.write_plan(plan, folder, redo_other_commits=args.redo_other_commits)
         with show_progress(sys.stdout) as progress:
-            states = pool.run_plan(plan, folder, args.jobs, args.threads, progress)
+            states = args.launcher(plan, folder, args.jobs, args.threads, progress)
+        if isinstance(states, Rendered):
+            print(states.path)
+            print(states.advice)
+            return 0
         judge(report.load(folder))
         results = report.load(folder)
         paths = report.write(folder, results)

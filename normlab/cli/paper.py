@@ -12,7 +12,7 @@ from normlab.report.results import Line
 HELP = "list the papers' claims with their verdicts; run one and write its page"
 TAKES_CONFIG = True
 
-OF_A_RUN = {"scale": "smoke", "threads": 1}
+OF_A_RUN = {"scale": "smoke", "threads": 1, "launcher": "local"}
 """Defaults that hold where an experiment is run; elsewhere the options are refused."""
 
 
@@ -68,7 +68,16 @@ def main(args: argparse.Namespace) -> int:
 
 def _refuse(args: argparse.Namespace, what: str, *further: str) -> None:
     """Raises UserError for an argument that says how to run an experiment where none is run."""
-    names = (*further, "scale", "workdir", "seeds", "jobs", "threads", "redo_other_commits")
+    names = (
+        *further,
+        "scale",
+        "workdir",
+        "seeds",
+        "jobs",
+        "threads",
+        "launcher",
+        "redo_other_commits",
+    )
     for name in names:
         value = getattr(args, name)
         if value is not None and value is not False:

@@ -1,9 +1,15 @@
-"""SIGINT and SIGTERM ask a run to stop: it finishes its step, saves, and leaves with 128 + n."""
+"""A signal asks a run to stop: it finishes its step, saves, and leaves with 128 + n.
+
+SIGINT comes from a terminal, SIGTERM from whoever ends or preempts a job, SIGUSR1 and SIGUSR2 from
+a cluster's warning that the time is nearly up (`sbatch --signal`).
+"""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):
@@ -16,7 +22,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """While entered, notes the first SIGINT or SIGTERM in `received` instead of dying of it.
+    """While entered, notes the first such signal in `received` instead of dying of it.
 
     A second one acts as it did before. Outside the main thread, where handlers cannot be set, it
     notes nothing.
@@ -29,7 +35,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ASKS_TO_STOP:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
