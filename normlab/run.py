@@ -23,6 +23,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -317,6 +318,8 @@ def log_to(path: Path) -> Iterator[None]:
     """Writes normlab's log messages of the block to `path`, appending, without a clock."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    if threading.current_thread() is not threading.main_thread():  # one of several runs
+        handler.addFilter(lambda record, own=threading.get_ident(): record.thread == own)
     logger = logging.getLogger("normlab")
     level = logger.level
     logger.addHandler(handler)

@@ -1,7 +1,11 @@
 """A worker process of a sweep: reads a task a line from stdin, writes replies to stdout.
 
-    {"source": ..., "overrides": {...}, "workdir": ...}   ->   {"progress": 0.4} ...
-                                                               {"state": "done", "message": ...}
+    {"runs": [{"source": ..., "overrides": {...}, "workdir": ...}]}
+        ->  {"run": 0, "progress": 0.4} ... {"run": 0, "state": "done", "message": ...}
+    {"measure": [{"source": ..., "overrides": {...}}], "seconds": 1.0, "steps": null}
+        ->  {"state": "measured", "devices": 1, "steps": 50, "step_seconds": 0.02}
+
+Several runs of one task are trained at a time, each on a device of its own.
 
 A closed stdin means that the parent is gone: the run is saved and the process leaves.
 """
@@ -13,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import IO, Any
 
 
@@ -23,8 +28,33 @@ def main() -> None:
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(tasks,), daemon=True).start()
     while task := tasks.get():
-        reply = run_task(json.loads(task), lambda share: _send(replies, {"progress": share}))
-        _send(replies, reply)
+        _serve(json.loads(task), replies)
+
+
+def _serve(task: Mapping[str, Any], replies: IO[str]) -> None:
+    if "measure" in task:
+        _send(replies, _measured(task))
+        return
+    sending = threading.Lock()
+
+    def send(number: int, reply: Mapping[str, Any]) -> None:
+        with sending:
+            _send(replies, {"run": number, **reply})
+
+    def one(number: int, seat: Any = None) -> None:
+        def on_progress(share: float) -> None:
+            send(number, {"progress": share})
+
+        send(number, run_task(task["runs"][number], on_progress, seat))
+
+    if len(task["runs"]) == 1:
+        one(0)
+        return
+    from normlab.training.replicas import run_together
+    from normlab.training.signals import Signals
+
+    with Signals() as signals:
+        run_together([partial(one, number) for number in range(len(task["runs"]))], signals)
 
 
 def _read(tasks: "queue.SimpleQueue[str]") -> None:
@@ -35,7 +65,20 @@ def _read(tasks: "queue.SimpleQueue[str]") -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_task(task: Mapping[str, Any], on_progress: Callable[[float], None]) -> dict[str, Any]:
+def _measured(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `training.pace` finds of so many runs at a time."""
+    from normlab.training.pace import pace
+
+    try:
+        return {"state": "measured", **pace(task["measure"], task["seconds"], task["steps"])}
+    except Exception as error:
+        sys.excepthook(*sys.exc_info())
+        return {"state": "failed", "message": str(error)}
+
+
+def run_task(
+    task: Mapping[str, Any], on_progress: Callable[[float], None], seat: Any = None
+) -> dict[str, Any]:
     """Trains one planned run here; returns {"state", "message"}, and raises for no run's fault.
 
     `task` has source, overrides and workdir. `on_progress` gets the share of the steps done, 0 to
@@ -52,7 +95,8 @@ def run_task(task: Mapping[str, Any], on_progress: Callable[[float], None]) -> d
 
     try:
         config = load_config(task["source"], task["overrides"])
-        result = train(config, task["workdir"], overrides=task["overrides"], progress=progress)
+        folder, overrides = task["workdir"], task["overrides"]
+        result = train(config, folder, overrides=overrides, progress=progress, seat=seat)
     except Interrupted as stop:
         return {"state": "interrupted", "message": str(stop), "signal": stop.exit_code - 128}
     except (UserError, MachineFault) as error:

@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from normlab import models, run
-from normlab.data import dropout_key, order_hash, train_indices, training_batch
+from normlab.data import order_hash, train_indices
 from normlab.training import checkpoint, parallel, processes
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
 from normlab.training.memory import HighWaterMark
 from normlab.training.probe import layer_metrics, unit_percentiles
 from normlab.training.record import check_fingerprint, describe_run, note_groups
+from normlab.training.replicas import Seat, on_one_device
 from normlab.training.setup import Parts, build_parts, id_of, run_identity, shared_config
 from normlab.training.signals import Interrupted, Signals
 from normlab.training.sinks import Sink, check_sinks, open_sinks
 from normlab.training.start import start_from_data
 from normlab.training.state import CULPRITS, Totals, TrainState, create_state
-from normlab.training.step import Batch, make_train_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ def train(
     *,
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    seat: Seat | None = None,
 ) -> dict[str, Any]:
     """Trains the run of `config` in the folder `workdir`, resuming what is there.
 
@@ -57,7 +57,10 @@ def train(
     compiled or written if the config or the folder is wrong, or the data are no longer those that
     the run began with, and Interrupted after a SIGINT or SIGTERM. Where several processes share the
     run (`training/processes.py`), process 0 alone has the folder, and all raise what one raises.
+    With a `seat` the run is one of several in this process (`training/replicas.py`).
     """
+    if seat is not None:
+        config = on_one_device(config)
     folder = Path(workdir)
     parts = processes.agreed(lambda: build_parts(config))
     processes.check_same("config field", shared_config(config))
@@ -78,12 +81,13 @@ def train(
         with _noted(folder):
             began = time.perf_counter()
             parallel.enable_compilation_cache(config)
-            mesh = parallel.make_mesh(config)
+            mesh = parallel.make_mesh(config) if seat is None else seat.mesh
             data = processes.agreed(lambda: load_data(config, mesh))
         processes.check_same("data's", {"fingerprint": data.fingerprint})
         processes.from_first(lambda: check_fingerprint(folder, config, data.fingerprint))
         with _noted(folder):
-            return _Run(parts, folder, overrides or {}, progress, mesh, data, began).finish()
+            made = _Run(parts, folder, overrides or {}, progress, mesh, data, began, seat)
+            return made.finish()
 
 
 @contextlib.contextmanager
@@ -95,23 +99,6 @@ def _noted(folder: Path) -> Iterator[None]:
             stack.enter_context(run.failure_noted(folder))
         stack.enter_context(processes.losses_named())
         yield
-
-
-def train_step_of(parts: Parts) -> Callable[[TrainState, Batch], TrainState]:
-    """Returns the step of training that the parts describe."""
-    config = parts.config
-    return make_train_step(
-        parts.replica,
-        parts.direction,
-        parts.schedule,
-        label_smoothing=config.train.label_smoothing,
-        ema_decay=config.train.ema_decay,
-        ema_warmup=config.train.ema_warmup,
-        sam_rho=config.optim.sam_rho,
-        max_nonfinite=config.train.max_nonfinite,
-        microbatches=config.train.microbatches,
-        axis_name=parallel.axis_name(config),
-    )
 
 
 class _Run:
@@ -126,21 +113,19 @@ class _Run:
         mesh: Mesh,
         data: RunData,
         began: float,
+        seat: Seat | None,
     ) -> None:
         config = parts.config
         self.parts, self.folder, self.progress = parts, folder, progress
-        self.mesh, self.data = mesh, data
+        self.mesh, self.data, self.seat = mesh, data, seat
         self.clock, self.last_sign = began, time.perf_counter()
         self.compiler = parallel.Compiler(parallel.in_order(config))
         self.memory = HighWaterMark()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
-        self.take_steps = parallel.take_steps(
-            train_step_of(parts),
-            self._make_batch,
-            parallel.make_layout(config),
-            self.mesh,
-            self.compiler,
-        )
+        how = how_to_step(parts, self.mesh)
+        self.take_steps = parallel.take_steps(*how, self.compiler)
+        if seat is not None:
+            self.take_steps = seat.taking(parallel.steps_program(*how), self.take_steps)
 
         state = create_state(parts, self.compiler)
         if parts.model.conv.starts_from_data:
@@ -176,7 +161,8 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Trains to the end and returns the result, which stands in result.json then."""
-        with Signals() as signals, self._opened_sinks() as self.send:
+        noted = Signals() if self.seat is None else contextlib.nullcontext(self.seat.room.signals)
+        with noted as signals, self._opened_sinks() as self.send:
             if self.step == 0 and (watched := self._watch()):
                 self._log({"step": 0, "split": "layers", **watched})
             while self.step < self.parts.length.num_steps and not self._diverged():
@@ -195,7 +181,8 @@ class _Run:
                     raise Interrupted(stopped, self.step)
                 if "checkpoint" in arrived:
                     self._save()
-            if not processes.are_several():  # who would leave the others behind
+            # One of several would leave the others behind.
+            if not processes.are_several() and self.seat is None:
                 signals.saved(self.step)
             return self._conclude()
 
@@ -224,7 +211,7 @@ class _Run:
         indices = train_indices(
             config.seed, first, until - first, self.parts.length.batch_size, len(self.data.train)
         )
-        compiled_before, start = self.compiler.seconds, time.perf_counter()
+        compiled_before, start = self._compile_seconds(), time.perf_counter()
         looked = self.step
         made = self.data.train.steps(config.seed, first, indices, together)
         with contextlib.closing(made) as batches:
@@ -239,8 +226,12 @@ class _Run:
                     if self._diverged():
                         break
         self.step = int(self.state.step)
-        compiling = self.compiler.seconds - compiled_before
+        compiling = self._compile_seconds() - compiled_before
         self.train_seconds += time.perf_counter() - start - compiling
+
+    def _compile_seconds(self) -> float:
+        """Returns the time that this run has spent, or waited, for compilation."""
+        return self.compiler.seconds + (self.seat.compiler.seconds if self.seat else 0.0)
 
     def _diverged(self) -> bool:
         return bool(self.state.health.diverged)
@@ -254,11 +245,6 @@ class _Run:
         if self.progress:
             self.progress(self.step, self.parts.length.num_steps, line)
             self.last_sign = time.perf_counter()
-
-    def _make_batch(self, data: Any, seed: Array, step: Array, indices: Array) -> Batch:
-        """Returns a step's batch; traced, never run as is."""
-        made = training_batch(data, self.parts.config.data, self.parts.info, seed, step, indices)
-        return Batch(*made, key=dropout_key(seed, step))
 
     # Events --------------------------------------------------------------------------------------
 
@@ -320,11 +306,11 @@ class _Run:
 
     def _timing(self) -> dict[str, float]:
         """Returns seconds since the run began, over all its processes, compilation apart."""
-        spent = time.perf_counter() - self.clock - self.compiler.seconds
+        spent = time.perf_counter() - self.clock - self._compile_seconds()
         now = {
             "seconds": spent,
             "train_seconds": self.train_seconds,
-            "compile_seconds": self.compiler.seconds,
+            "compile_seconds": self._compile_seconds(),
         }
         return {name: round(self.before.get(name, 0.0) + now[name], 6) for name in now}
 

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ ACCELERATOR_STEPS_PER_DISPATCH = 50
 MODES = ("jit", "pmap")
 AXIS = "batch"
 """Name of the devices' axis under pmap."""
+SEEDS = "seed"
+"""Name of the devices' axis where each takes the steps of a run of its own."""
 
 
 def devices(config: ConfigDict | None = None) -> list[jax.Device]:
@@ -170,6 +172,8 @@ def lay_out(batch: Any, layout: Layout, mesh: Mesh) -> Any:
             parts = parts.reshape(layout.microbatches, layout.replicas, -1, *array.shape[1:])
         if layout.microbatches == 1:
             return shard_rows(parts[0], mesh)
+        if mesh.size == 1:
+            return parts
         return jax.lax.with_sharding_constraint(
             parts, NamedSharding(mesh, PartitionSpec(None, "data"))
         )
@@ -262,6 +266,8 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
 
 def shard_rows(array: Array, mesh: Mesh) -> Array:
     """Inside jit: lays the first axis (examples) over the devices, consecutive rows together."""
+    if mesh.size == 1:
+        return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec("data")))
 
 
@@ -343,6 +349,78 @@ MakeBatch = Callable[[Any, Array, Array, Array], Any]
 """`make_batch(data, seed, step, indices) -> batch`, on the device."""
 
 
+def _laid_out(make_batch: MakeBatch, layout: Layout, mesh: Mesh) -> MakeBatch:
+    def lie(data: Any, seed: Array, step: Array, indices: Array) -> Any:
+        return lay_out(make_batch(data, seed, step, shard_rows(indices, mesh)), layout, mesh)
+
+    return lie
+
+
+def steps_program(
+    train_step: Callable[[State, Any], State], make_batch: MakeBatch, layout: Layout, mesh: Mesh
+) -> Callable[[State, Any, Array, Array], State]:
+    """Returns `program(state, data, seed, rows) -> state`: a step for each row of `rows`."""
+    lie = _laid_out(make_batch, layout, mesh)
+
+    def program(state: State, data: Any, seed: Array, rows: Array) -> State:
+        def one(state: State, indices: Array) -> State:
+            return train_step(state, lie(data, seed, state.step, indices))
+
+        if rows.shape[0] == 1:
+            return one(state, rows[0])
+        return jax.lax.scan(lambda s, indices: (one(s, indices), None), state, rows)[0]
+
+    return program
+
+
+def take_together(
+    program: Callable[..., State],
+    devices: Sequence[jax.Device],
+    compiler: Compiler,
+    arguments: Sequence[Any],
+) -> list[State]:
+    """Returns `program(*arguments[i])` of each run i, each computed on `devices[i]` alone.
+
+    One program for all, over a mesh whose axis is `seed`; nothing goes between devices. The first
+    of a run's arguments, its state, is donated. Arrays of a run that are on its device stay there.
+    """
+    mesh = Mesh(np.array(devices), (SEEDS,))
+    sharding = NamedSharding(mesh, PartitionSpec(SEEDS))
+    like = arguments[0][0]
+
+    def joined(*leaves: Any) -> Array:
+        local = [
+            jax.device_put(leaf if np.ndim(leaf) else np.reshape(leaf, 1), device)
+            for leaf, device in zip(leaves, devices, strict=True)
+        ]
+        whole = (len(local) * local[0].shape[0], *local[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(whole, sharding, local)
+
+    def of_one(*blocks: Any) -> State:
+        own = jax.tree.map(
+            lambda block, leaf: block if np.ndim(leaf) else block[0], blocks, tuple(arguments[0])
+        )
+        return jax.tree.map(lambda x: x if x.ndim else x[None], program(*own))
+
+    def together(*joined: Any) -> State:
+        spec = PartitionSpec(SEEDS)
+        mapped = jax.shard_map(of_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return mapped(*joined)
+
+    whole = jax.tree.map(joined, *map(tuple, arguments))
+    states = compiler("train", together, *whole, donate=(0,))(*whole)
+    places = {device: place for place, device in enumerate(devices)}
+
+    def split(leaf: Array, like: Any) -> list[Array]:
+        parts = {places[shard.device]: shard.data for shard in leaf.addressable_shards}
+        found = [parts[place] for place in range(len(devices))]
+        return found if like.ndim else [part[0] for part in found]
+
+    leaves, structure = jax.tree.flatten(states)
+    parts = map(split, leaves, jax.tree.leaves(like))
+    return [jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True)]
+
+
 def take_steps(
     train_step: Callable[[State, Any], State],
     make_batch: MakeBatch,
@@ -355,17 +433,8 @@ def take_steps(
     It takes one step for each row of `rows` (int32 [steps, batch], the examples of a step); the
     state is donated.
     """
-
-    def lie(data: Any, seed: Array, step: Array, indices: Array) -> Any:
-        return lay_out(make_batch(data, seed, step, shard_rows(indices, mesh)), layout, mesh)
-
-    def program(state: State, data: Any, seed: Array, rows: Array) -> State:
-        def one(state: State, indices: Array) -> State:
-            return train_step(state, lie(data, seed, state.step, indices))
-
-        if rows.shape[0] == 1:
-            return one(state, rows[0])
-        return jax.lax.scan(lambda s, indices: (one(s, indices), None), state, rows)[0]
+    lie = _laid_out(make_batch, layout, mesh)
+    program = steps_program(train_step, make_batch, layout, mesh)
 
     def take(state: State, data: Any, seed: Array, rows: np.ndarray) -> State:
         if layout.replicas is None:

@@ -9,11 +9,15 @@ import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.sharding import Mesh
 
+from normlab.data import dropout_key, training_batch
 from normlab.norms import join_state, split_state
 from normlab.optim import ascended, clipped_fractions
 from normlab.optim.schedules import Schedule
+from normlab.training import parallel
 from normlab.training.parallel import over_parts
+from normlab.training.setup import Parts
 from normlab.training.state import CULPRITS, Health, Totals, TrainState
 
 
@@ -168,6 +172,31 @@ def make_train_step(
         )
 
     return train_step
+
+
+def how_to_step(
+    parts: Parts, mesh: Mesh
+) -> tuple[Callable[[TrainState, Batch], TrainState], parallel.MakeBatch, parallel.Layout, Mesh]:
+    """Returns (train_step, make_batch, layout, mesh): what `parallel.take_steps` needs of a run."""
+    config = parts.config
+
+    def make_batch(data: Any, seed: Array, step: Array, indices: Array) -> Batch:
+        made = training_batch(data, config.data, parts.info, seed, step, indices)
+        return Batch(*made, key=dropout_key(seed, step))
+
+    train_step = make_train_step(
+        parts.replica,
+        parts.direction,
+        parts.schedule,
+        label_smoothing=config.train.label_smoothing,
+        ema_decay=config.train.ema_decay,
+        ema_warmup=config.train.ema_warmup,
+        sam_rho=config.optim.sam_rho,
+        max_nonfinite=config.train.max_nonfinite,
+        microbatches=config.train.microbatches,
+        axis_name=parallel.axis_name(config),
+    )
+    return train_step, make_batch, parallel.make_layout(config), mesh
 
 
 def make_gradient(

@@ -1,0 +1,146 @@
+"""Several runs at a time in one process, each on a device of its own.
+
+Every run is trained by a thread, exactly as it would be alone: its folder, its events, its
+evaluations, on its own device. Their steps alone are taken together: when each run has asked for
+steps, one program takes those of all (`parallel.take_together`, mesh axis `seed`). Once a run has
+ended, or asks for another number of steps, each goes on by itself.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from normlab.training import parallel
+from normlab.training.signals import Signals
+
+T = TypeVar("T")
+Arguments = tuple[Any, Any, Any, Any]  # state, data, seed, rows
+
+
+class Room:
+    """Where the runs meet that take their steps together."""
+
+    def __init__(self, devices: Sequence[jax.Device], signals: Signals) -> None:
+        self.devices, self.signals = list(devices), signals
+        self._turn = threading.Condition()
+        self._present = set(range(len(self.devices)))
+        self._asked: dict[int, Arguments] = {}
+        self._given: dict[int, Any] = {}
+        self._fault: BaseException | None = None
+
+    def take(
+        self,
+        place: int,
+        program: Callable[..., Any],
+        compiler: parallel.Compiler,
+        arguments: Arguments,
+    ) -> Any:
+        """Returns the state after the steps, taken with all others; None if they are not all here.
+
+        Waits until each run that is left has asked. What fails, fails in all of them.
+        """
+        with self._turn:
+            self._asked[place] = arguments
+            self._settle(program, compiler)
+            while place in self._asked and place not in self._given and not self._fault:
+                self._turn.wait(timeout=1.0)
+            if self._fault:
+                raise RuntimeError("steps taken together failed") from self._fault
+            self._asked.pop(place, None)
+            return self._given.pop(place)
+
+    def leave(self, place: int, compiler: parallel.Compiler | None = None) -> None:
+        """Says that a run asks for no more steps."""
+        with self._turn:
+            self._present.discard(place)
+            self._settle(None, compiler)
+
+    def _settle(
+        self, program: Callable[..., Any] | None, compiler: parallel.Compiler | None
+    ) -> None:
+        """Answers all, if all who are left have asked."""
+        waiting = self._asked.keys() - self._given.keys()
+        if not waiting or waiting != self._present:
+            return
+        asked = [self._asked[place] for place in sorted(waiting)]
+        alike = len({np.shape(rows) for *_, rows in asked}) == 1
+        if program is None or compiler is None or not alike or len(asked) < len(self.devices):
+            self._given |= dict.fromkeys(waiting)  # each by itself
+        else:
+            try:
+                states = parallel.take_together(program, self.devices, compiler, asked)
+                self._given |= dict(enumerate(states))
+            except BaseException as fault:
+                self._fault = fault
+        self._turn.notify_all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """A run's place in a room."""
+
+    room: Room
+    place: int
+    compiler: parallel.Compiler  # of what all take together
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the run's own device."""
+        return Mesh(np.array([self.room.devices[self.place]]), ("data",))
+
+    def taking(
+        self, program: Callable[..., Any], alone: Callable[..., Any]
+    ) -> Callable[[Any, Any, Any, np.ndarray], Any]:
+        """Returns `take(state, data, seed, rows) -> state`, with the others or else `alone`."""
+
+        def take(state: Any, data: Any, seed: Any, rows: np.ndarray) -> Any:
+            taken = self.room.take(self.place, program, self.compiler, (state, data, seed, rows))
+            return alone(state, data, seed, rows) if taken is None else taken
+
+        return take
+
+
+def on_one_device(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the same run, its batch on one device."""
+    config = copy.deepcopy(config)
+    config.parallel.num_devices = 1
+    return config
+
+
+def run_together(works: Sequence[Callable[[Seat], T]], signals: Signals) -> list[T]:
+    """Returns what each `work(seat)` returns, one a device, in threads. A work must not raise.
+
+    To be called from the thread that has the signals. Raises ValueError for more works than
+    devices.
+    """
+    devices = jax.local_devices()[: len(works)]
+    if len(devices) < len(works):
+        raise ValueError(f"{len(works)} runs do not fit {len(devices)} devices")
+    room, compiler = Room(devices, signals), parallel.Compiler()
+    results: dict[int, T] = {}
+
+    def work(place: int) -> None:
+        try:
+            with jax.default_device(devices[place]):
+                results[place] = works[place](Seat(room, place, compiler))
+        finally:
+            room.leave(place)
+
+    threads = [
+        threading.Thread(target=work, args=(place,), daemon=True) for place in range(len(works))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # so that a signal's handler gets its turn
+            with contextlib.suppress(TimeoutError):
+                thread.join(timeout=0.2)
+    return [results[place] for place in range(len(works))]
