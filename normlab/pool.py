@@ -157,6 +157,17 @@ def _work(
     worker.close()
 
 
+def _ending(code: int) -> str:
+    """Returns how a process ended, in words, from its exit code as `subprocess` has it."""
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), perhaps by the out-of-memory killer"
+    if code < 0:
+        with contextlib.suppress(ValueError):  # a real-time signal has no name
+            return f"was ended by {signal.Signals(-code).name}"
+        return f"was ended by signal {-code}"
+    return f"ended with exit code {code}"
+
+
 def _note(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Leaves in the run's status what its process could not say, or said before it opened it."""
     if (folder / "identity.json").exists() and not run.is_locked(folder):
@@ -241,9 +252,8 @@ class _Worker:
             on_progress(planned, reply["progress"])
         code = process.wait()
         self._process = None
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         state = "interrupted" if self.stopped else "failed"
-        return {"state": state, "message": f"its process ended by {how}", "crashed": True}
+        return {"state": state, "message": f"its process {_ending(code)}", "crashed": True}
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:

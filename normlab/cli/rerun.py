@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from normlab.cli import add_deterministic
 from normlab.errors import UserError
 
 HELP = "train a run's config again in another folder, and say what is not as it was then"
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a run's folder")
     parser.add_argument("--workdir", required=True, metavar="NEW", help="folder of the new run")
     parser.add_argument("--data-path", metavar="PATH", help="where the data set is now")
+    add_deterministic(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {missing}")
     check_new(folder, Path(args.workdir))
     _check_sections(then, folder / "manifest.json")
-    config = from_json(saved)
+    config = from_json(saved, folder)
     if args.data_path is not None:
         config.data.path = args.data_path
     now = describe_process() | {"data_fingerprint": load(config.data).fingerprint}

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from normlab.cli import add_deterministic
+
 HELP = "train one run, or resume it"
 TAKES_CONFIG = True
 
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="e.g. configs/digits.py:norm=layer_norm; any field: --config.optim.base_lr=0.5",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    add_deterministic(parser)
 
 
 def main(args: argparse.Namespace) -> int:

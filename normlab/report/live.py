@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ class Log:
         """Returns (has it begun anew, its new whole lines); the last one may still be written."""
         try:
             there = os.stat(self.path)
+            if not stat.S_ISREG(there.st_mode):  # a pipe would hold up whoever opens it
+                return False, []
             if there.st_size == self.offset:
                 return False, []
             self.changed = there.st_mtime

@@ -103,7 +103,10 @@ class _Run:
         describe_run(parts, folder, overrides, self.data.fingerprint, order, state.params)
         note_groups(parts)
         self.facts = {"run": id_of(config), "seed": config.seed, "data": self.data.fingerprint}
-        resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
+        checkpoint.discard_unfinished(folder / "checkpoints")
+        resumed = checkpoint.latest(
+            folder / "checkpoints", state, self.facts, lambda mark: run.log_fault(folder, mark)
+        )
         self.step = 0
         manifest: dict[str, Any] = {}
         if resumed:
@@ -281,7 +284,7 @@ class _Run:
 
     def _save(self) -> None:
         self._time()
-        facts = self.facts | {"log_bytes": run.log_bytes(self.folder)}
+        facts = self.facts | run.log_mark(self.folder)
         checkpoint.save(self.folder / "checkpoints", self.step, self.state, facts)
         checkpoint.keep_newest(self.folder / "checkpoints", self.parts.config.checkpoint.keep)
 
@@ -328,7 +331,10 @@ class _Run:
             "seconds": timing["seconds"],
             "compile_seconds": timing["compile_seconds"],
             "step_seconds": steps_seconds,
-            "examples_per_second": self.parts.length.batch_size / steps_seconds,
+            # No seconds are known where timing.jsonl was lost after the last step.
+            "examples_per_second": self.parts.length.batch_size / steps_seconds
+            if steps_seconds
+            else None,
             "num_params": self.num_params,
         }
         message = ""

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from normlab import run
 from normlab.config import to_json
 from normlab.data import augmentation_hash
+from normlab.environment import determinism
 from normlab.errors import UserError
 from normlab.models.layers import norm_layers
 from normlab.training.setup import Parts, id_of
@@ -40,7 +41,10 @@ def _digits(array: np.ndarray) -> str:
 
 def describe_process() -> dict[str, Any]:
     """Returns what a run of this process stands on apart from its config."""
-    return run.describe_machine() | {"devices": [str(device) for device in jax.devices()]}
+    return run.describe_machine() | {
+        "devices": [str(device) for device in jax.devices()],
+        "deterministic": determinism(jax.default_backend(), jax.device_count()),
+    }
 
 
 def check_fingerprint(folder: Path, config: ConfigDict, fingerprint: str) -> None:
@@ -76,9 +80,14 @@ def describe_run(
     machine = describe_process()
     manifest = run.read_json(folder / "manifest.json")
     if manifest is not None:
-        earlier = manifest.get("resumed", [manifest])[-1]
+        resumed = manifest.get("resumed", [])
+        if not isinstance(resumed, list) or not all(isinstance(then, dict) for then in resumed):
+            raise UserError(
+                f"{folder / 'manifest.json'} is damaged: 'resumed' is no list of objects"
+            )
+        earlier = [manifest, *resumed][-1]
         if any(earlier.get(key) != value for key, value in machine.items()):
-            manifest["resumed"] = [*manifest.get("resumed", []), machine]
+            manifest["resumed"] = [*resumed, machine]
             run.write_json(folder / "manifest.json", manifest)
         return
     run.write_json(folder / "config.json", to_json(parts.config))

@@ -11,13 +11,12 @@ from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
 from normlab.training.setup import Parts, build_parts, id_of
-from normlab.training.state import TrainState, create_state
+from normlab.training.state import TrainState, abstract_state
 
 
 def restore(
     folder: Path,
     step: int | None,
-    compiler: parallel.Compiler,
     *,
     batch_size: int | None = None,
     data_path: str | None = None,
@@ -29,13 +28,13 @@ def restore(
     saved = run.read_json(folder / "config.json")
     if saved is None:
         raise UserError(f"{str(folder)!r} is not a run folder: it has no config.json")
-    config = from_json(saved)
+    config = from_json(saved, folder)
     if batch_size is not None:
         config.eval.batch_size = batch_size
     if data_path is not None:
         config.data.path = data_path
     parts = build_parts(config)
-    like = create_state(parts, compiler)
+    like = abstract_state(parts)
     checkpoints = folder / "checkpoints"
     there = checkpoint.steps(checkpoints)
     if not there:
@@ -81,7 +80,7 @@ def open_run(
     are asked for that the run did not keep.
     """
     compiler = parallel.Compiler()
-    parts, step, state = restore(folder, step, compiler, batch_size=batch_size, data_path=data_path)
+    parts, step, state = restore(folder, step, batch_size=batch_size, data_path=data_path)
     parallel.enable_compilation_cache(parts.config)
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
