@@ -1,6 +1,5 @@
 """Files, written whole or not at all and read within bounds: a run folder may come from anybody."""
 
-import contextlib
 import errno
 import json
 import math

@@ -112,6 +112,7 @@ class _Run:
         if resumed:
             self.step, state, manifest = resumed
             _LOG.info("resumed at step %d", self.step)
+        self.saved = self.step if resumed else None
         run.truncate_logs(folder, manifest.get("log_bytes", {}))
         self.before = run.last_timing(folder)  # seconds spent by earlier processes on this run
         self.train_seconds = 0.0
@@ -280,13 +281,20 @@ class _Run:
             "train_seconds": self.train_seconds,
             "compile_seconds": self.compiler.seconds,
         }
-        return {name: round(self.before.get(name, 0.0) + now[name], 6) for name in now}
+        # A clock that was set back must not take away what earlier processes spent.
+        return {
+            name: round(self.before.get(name, 0.0) + max(now[name], 0.0), 6) for name in now
+        }
 
     def _save(self) -> None:
+        """Writes the checkpoint of this step, once: a signal may come while it is written."""
+        if self.saved == self.step:
+            return
         self._time()
         facts = self.facts | run.log_mark(self.folder)
         checkpoint.save(self.folder / "checkpoints", self.step, self.state, facts)
         checkpoint.keep_newest(self.folder / "checkpoints", self.parts.config.checkpoint.keep)
+        self.saved = self.step
 
     # Evaluation ----------------------------------------------------------------------------------
 

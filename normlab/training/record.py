@@ -72,7 +72,7 @@ def describe_run(
     data_order_hash: str,
     params: Any,
 ) -> None:
-    """Writes config.json and manifest.json; a resumed run keeps the first ones.
+    """Writes config.json and manifest.json; a resumed run keeps the first ones, if they are whole.
 
     `params` are the initial ones. What the resuming process stands on goes into `resumed` of the
     manifest, if it differs.
@@ -89,6 +89,8 @@ def describe_run(
         if any(earlier.get(key) != value for key, value in machine.items()):
             manifest["resumed"] = [*resumed, machine]
             run.write_json(folder / "manifest.json", manifest)
+        if not _is_readable(folder / "config.json"):
+            run.write_json(folder / "config.json", to_json(parts.config))
         return
     run.write_json(folder / "config.json", to_json(parts.config))
     manifest = {
@@ -106,6 +108,13 @@ def describe_run(
         "init_hashes": init_hashes(params),
     }
     run.write_json(folder / "manifest.json", manifest)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return run.read_json(path) is not None
+    except UserError:
+        return False
 
 
 def note_groups(parts: Parts) -> None:
