@@ -239,7 +239,7 @@ def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
     The elements of a tuple are of the type of those of `like`, the present value: texts if it is
     empty, floats if there is none, as of the durations. Texts may come without quotes: `a,b`.
     """
-    wrong = UserError(f"config field {name!r} takes {_article(kind)}, not {_shown(value)}")
+    wrong = UserError(f"config field {name!r} takes {_article(kind)}, not {shown(value)}")
     element = kind
     if kind is tuple:
         element = float if like is None else type(like[0]) if like else str
@@ -263,7 +263,7 @@ def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
             return tuple(_plain_value(part, element) for part in parts)
         except ValueError:
             raise UserError(
-                f"config field {name!r} takes a tuple of {element.__name__}, not {_shown(value)}"
+                f"config field {name!r} takes a tuple of {element.__name__}, not {shown(value)}"
             ) from None
     try:
         return _plain_value(value, kind)
@@ -287,7 +287,7 @@ def _plain_value(value: Any, kind: type) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Returns a value as it is printed, cut if it is long."""
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return "an int of more than 308 digits"  # Python prints none of more than 4,300
@@ -371,7 +371,7 @@ def from_json(data: Mapping[str, Any], folder: Path | None = None) -> ConfigDict
     for name in kinds & saved.keys():
         if saved[name] != _parent(config, name).kind:
             raise UserError(
-                f"config.json has {name} = {_shown(saved[name])}, but {source!r} gives another"
+                f"config.json has {name} = {shown(saved[name])}, but {source!r} gives another"
             )
     missing = sorted(set(flatten(config)) - set(saved) - {"source"})
     missing = [name for name in missing if not {name, name.partition(".")[0]} & {*_NOT_IDENTITY}]

@@ -25,18 +25,16 @@ def main(args: argparse.Namespace) -> int:
     """Warns of what differs, trains, compares; returns the exit code of `train`."""
     from normlab import run
     from normlab.cli.train import train_and_print
-    from normlab.config import from_json
     from normlab.data import load
     from normlab.training.record import describe_process
+    from normlab.training.restore import saved_config
 
     folder = Path(args.directory)
-    saved, then = (run.read_json(folder / f"{name}.json") for name in ("config", "manifest"))
-    if saved is None or then is None:
-        missing = "config.json" if saved is None else "manifest.json"
-        raise UserError(f"{str(folder)!r} is not a run folder: it has no {missing}")
+    config, then = saved_config(folder), run.read_json(folder / "manifest.json")
+    if then is None:
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no manifest.json")
     check_new(folder, Path(args.workdir))
     _check_sections(then, folder / "manifest.json")
-    config = from_json(saved, folder)
     if args.data_path is not None:
         config.data.path = args.data_path
     now = describe_process() | {"data_fingerprint": load(config.data).fingerprint}

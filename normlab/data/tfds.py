@@ -118,7 +118,9 @@ def _describe(directory: Path, name: str) -> Prepared:
         raise UserError(f"{str(directory / INFO)!r} is damaged: {one_line(error)}") from error
     for split, count in counts.items():
         if not 0 <= count < 2**31:
-            raise UserError(f"{str(directory / INFO)!r} is damaged: {split} has {count:.3g} examples")
+            raise UserError(
+                f"{str(directory / INFO)!r} is damaged: {split} has {count:.3g} examples"
+            )
     if there != name:
         raise UserError(f"{str(directory)!r} holds {there!r}, not {name!r}")
     if form != FORMAT:

@@ -282,9 +282,7 @@ class _Run:
             "compile_seconds": self.compiler.seconds,
         }
         # A clock that was set back must not take away what earlier processes spent.
-        return {
-            name: round(self.before.get(name, 0.0) + max(now[name], 0.0), 6) for name in now
-        }
+        return {name: round(self.before.get(name, 0.0) + max(now[name], 0.0), 6) for name in now}
 
     def _save(self) -> None:
         """Writes the checkpoint of this step, once: a signal may come while it is written."""
