@@ -1,6 +1,7 @@
 """A run of a few steps, started in the ways in which users start it, and what it left."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -40,20 +41,25 @@ def arguments(folder, norm="batch_norm", **fields):
 def command(words, capsys):
     """Runs a command in this process; returns its exit code and the lines on stderr."""
     capsys.readouterr()
-    code = main(words)
+    logger = logging.getLogger("normlab")
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers = []  # `main` adds one, of the stderr that there is now
+    try:
+        code = main(words)
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
     return code, capsys.readouterr().err.splitlines()
 
 
-def start(words, *, module="normlab", threads=1, **options):
-    """Starts a command as a process of its own."""
-    environment = {**os.environ, "NPROC": str(threads)} | options.pop("env", {})
+def start(words, *, script=None, entered_by=()):
+    """Starts a command, or a script with such words, as a process of its own with one thread."""
+    program = [script] if script else ["-m", "normlab"]
     return subprocess.Popen(
-        [sys.executable, *(("-m", module) if module else ()), *map(str, words)],
-        env=environment,
+        [*entered_by, sys.executable, *program, *map(str, words)],
+        env={**os.environ, "NPROC": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
