@@ -7,12 +7,19 @@ beside the report; docs/reliability.md has the list.
 import json
 import os
 import resource
+import struct
 import tracemalloc
+import zipfile
+import zlib
 
 import pytest
 from fault_tools import SMALL, arguments, command
 
 from normlab import run
+from normlab.config import load_config
+from normlab.data import check_source
+from normlab.data.images import Encoded
+from normlab.errors import UserError
 from normlab.files import LARGEST_JSON, LONGEST_LINE, lines_of
 from normlab.report.files import read_metrics
 
@@ -222,6 +229,36 @@ def test_a_json_file_of_gigabytes_is_not_read(own, name, capsys):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * LARGEST_JSON
+
+
+def test_a_zip_bomb_is_refused_unopened(tmp_path):
+    """No data set is published as zip, so none is read: a gigabyte of zeros stays in its file."""
+    path = tmp_path / "mnist.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("x", "w") as member:
+        for _ in range(2**10):
+            member.write(bytes(2**20))
+    assert path.stat().st_size < 2**21
+    tracemalloc.start()
+    with pytest.raises(UserError) as caught:
+        check_source(load_config("configs/mnist.py", {"data.path": str(path)}).data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(path) in str(caught.value)
+    assert peak < 2**24
+
+
+def test_an_image_that_unpacks_to_gigabytes_is_named_and_not_unpacked():
+    """30,000 × 30,000 pixels in a kilobyte: the header alone says so, and Pillow has a limit."""
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    images = Encoded(1, lambda i: (content, 0), lambda i: "bomb.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"image 'bomb\.png' cannot be decoded: Image size"):
+        images.decode(0, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # kilobytes
 
 
 # Lines on a terminal
