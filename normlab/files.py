@@ -54,8 +54,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 LARGEST_JSON = 64 * 2**20
 """Bytes: a plan of 100,000 runs has 20 million."""
 
+BLOCK = 2**22
+"""Bytes of a log that are read at a time."""
+
 LONGEST_LINE = 2**20
-"""Bytes of a line of a log: some 20,000 numbers with their names."""
+"""Bytes of a line of a log that need not be read in one block: some 20,000 numbers with names."""
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -75,17 +78,21 @@ def read_small(path: Path) -> bytes:
     return content
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
-    """Yields the lines of a file, which need not fit into the memory; raises OSError.
+def blocks_of(path: Path) -> Iterator[list[bytes]]:
+    """Yields a file's lines, some at a time, as it need not fit into the memory; raises OSError.
 
-    Of a line longer than `LONGEST_LINE` its beginning, which is no JSON object then.
+    What follows the last end of a line, perhaps nothing, comes last, by itself. A line that is too
+    long is replaced by one that is not JSON.
     """
+    rest = b""
     with _open(path) as file:
-        while line := file.readline(LONGEST_LINE):
-            rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_LINE)
-            yield line
+        while block := file.read(BLOCK):
+            *lines, rest = (rest + block).split(b"\n")
+            if lines:
+                yield lines
+            if len(rest) > LONGEST_LINE:
+                rest = b"\0"  # and what follows of it
+    yield [rest]
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

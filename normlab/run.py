@@ -33,9 +33,9 @@ from normlab import __version__
 from normlab.environment import RECORDED, threads
 from normlab.errors import UserError
 from normlab.files import append_line as append_line
+from normlab.files import blocks_of, read_json, write_json
 from normlab.files import finite_or_none as finite_or_none
 from normlab.files import free_name as free_name
-from normlab.files import lines_of, read_json, write_json
 from normlab.files import write_bytes as write_bytes
 from normlab.files import write_text as write_text
 
@@ -109,9 +109,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     (The report shows such lines; a run that could not be finished for one would help nobody.)
     """
     records = []
-    for line in lines_of(path) if path.is_file() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
+    for lines in blocks_of(path) if path.is_file() else ():
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
 
 

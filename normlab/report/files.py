@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from normlab.files import lines_of, read_small
+from normlab.files import blocks_of, read_small
 
 RUN_ID = re.compile(r"\w[\w.-]*")
 """A run's folder in a sweep's; nothing else, as it could point out of the sweep's folder."""
@@ -39,16 +39,15 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
     probe: dict[str, dict[int, float]] = {}
     passed_over: dict[int, float] = {}
     unreadable: list[int] = []  # the numbers of the first few
-    numbered = bad = 0
-    whole = True
+    last = bad = 0
     for lines in _blocks(path, notes, required):
-        for line, event in zip(lines, _parse_lines(lines), strict=True):
-            numbered += 1
-            whole = line.endswith(b"\n")
+        numbered = [(i, line) for i, line in enumerate(lines, last + 1) if line.strip()]
+        last += len(lines)
+        events = _parse_lines([line for _, line in numbered])
+        for (line_number, _), event in zip(numbered, events, strict=True):
             if not isinstance(event, dict):
-                if line.strip():
-                    bad += 1
-                    unreadable += [numbered] if bad <= 5 else []
+                bad += 1
+                unreadable += [line_number] if bad <= 5 else []
                 continue
             step, accuracy = integer(event.get("step")), number(event.get("accuracy"))
             if step is None:
@@ -62,7 +61,7 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
             # Counted since the line before; keyed by step: a line written twice counts once.
             if count := number(event.get("nonfinite")):
                 passed_over[step] = count
-    if unreadable == [numbered] and not whole:
+    if unreadable == [last]:
         notes.append(f"{path.name}: the last line is cut off")
     elif unreadable:
         first = ", ".join(map(str, unreadable)) + (", ..." if bad > len(unreadable) else "")
@@ -111,21 +110,10 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
         yield from (event for event in _parse_lines(lines) if isinstance(event, dict))
 
 
-BLOCK = 2**22
-"""Bytes of lines that are in memory at a time, as far as whole lines allow."""
-
-
 def _blocks(path: Path, notes: list[str], required: bool) -> Iterator[list[bytes]]:
-    """Yields a file's lines, some at a time: a log may be larger than the memory."""
+    """Yields a file's lines as `blocks_of` does; nothing, and a note, if it cannot be read."""
     try:
-        lines, size = [], 0
-        for line in lines_of(path):
-            lines.append(line)
-            size += len(line)
-            if size >= BLOCK:
-                yield lines
-                lines, size = [], 0
-        yield lines
+        yield from blocks_of(path)
     except OSError as error:
         _note_unread(path, error, notes, required)
 

@@ -20,7 +20,7 @@ from normlab.config import load_config
 from normlab.data import check_source
 from normlab.data.images import Encoded
 from normlab.errors import UserError
-from normlab.files import LARGEST_JSON, LONGEST_LINE, lines_of
+from normlab.files import BLOCK, LARGEST_JSON, blocks_of
 from normlab.report.files import read_metrics
 
 LOOKERS = (["status"], ["watch", "--once"], ["report"])
@@ -198,7 +198,19 @@ def test_a_log_of_a_gigabyte_without_an_end_of_line_is_read_in_little_memory(tmp
     tracemalloc.stop()
     assert curve == ((1, 0.5), (2, 0.5))
     assert notes == ["metrics.jsonl: 1 unreadable (line 2)"]
-    assert peak < 16 * LONGEST_LINE
+    assert peak < 4 * BLOCK
+
+
+@pytest.mark.parametrize("ends", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK])
+def test_lines_are_whole_wherever_a_block_ends(tmp_path, ends):
+    path = tmp_path / "log"
+    lines = [b"a" * ends, b"", b"b" * 10, b"c"]
+    path.write_bytes(b"\n".join(lines))
+    found = [line for block in blocks_of(path) for line in block]
+    if ends >= BLOCK:  # its end is not in the block of its beginning: what is left is no JSON
+        assert found[0].startswith(b"\0")
+        found[0] = lines[0]
+    assert found == lines
 
 
 def test_a_log_of_many_lines_is_never_whole_in_memory(tmp_path):
@@ -210,7 +222,7 @@ def test_a_log_of_many_lines_is_never_whole_in_memory(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < path.stat().st_size / 2
-    assert sum(1 for _ in lines_of(path)) == 60_000
+    assert sum(map(len, blocks_of(path))) == 60_000 + 1  # and nothing behind the last one
 
 
 @pytest.mark.parametrize("name", ["config.json", "status.json", "sweep.json", "verdict.json"])
