@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.data.images import Encoded
-from normlab.errors import UserError, one_line
+from normlab.errors import UserError, one_line, quoted
 
 INFO, FEATURES, LABELS = "dataset_info.json", "features.json", ".labels.txt"
 FORMAT = "array_record"
@@ -119,7 +119,8 @@ def _describe(directory: Path, name: str) -> Prepared:
     for split, count in counts.items():
         if not 0 <= count < 2**31:
             raise UserError(
-                f"{str(directory / INFO)!r} is damaged: {split} has {count:.3g} examples"
+                f"{str(directory / INFO)!r} is damaged: split {quoted(str(split))} has no number "
+                "of examples that can be"
             )
     if there != name:
         raise UserError(f"{str(directory)!r} holds {there!r}, not {name!r}")
