@@ -27,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from normlab.errors import UserError, nearest, unknown
+from normlab.errors import LONGEST, UserError, nearest, unknown
 
 SCHEMA_VERSION = 1
 """Version of the config's meaning; part of every run's identity."""
@@ -242,7 +242,7 @@ def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
     The elements of a tuple are of the type of those of `like`, the present value: texts if it is
     empty, floats if there is none, as of the durations. Texts may come without quotes: `a,b`.
     """
-    wrong = UserError(f"config field {name!r} takes {_article(kind)}, not {value!r}")
+    wrong = UserError(f"config field {name!r} takes {_article(kind)}, not {shown(value)}")
     element = kind
     if kind is tuple:
         element = float if like is None else type(like[0]) if like else str
@@ -266,7 +266,7 @@ def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
             return tuple(_plain_value(part, element) for part in parts)
         except ValueError:
             raise UserError(
-                f"config field {name!r} takes a tuple of {element.__name__}, not {value!r}"
+                f"config field {name!r} takes a tuple of {element.__name__}, not {shown(value)}"
             ) from None
     try:
         return _plain_value(value, kind)
@@ -275,14 +275,27 @@ def _cast(name: str, value: Any, kind: type, like: Any = None) -> Any:
 
 
 def _plain_value(value: Any, kind: type) -> Any:
-    """Returns a value as `kind` if that changes nothing; raises ValueError else, and for NaN."""
+    """Returns a value as `kind` if that changes nothing; raises ValueError else, and for NaN.
+
+    And for an int that no float comes near: nothing counts so many.
+    """
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError
     return value
+
+
+def shown(value: Any) -> str:
+    """Returns a value as it is printed, cut if it is long."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "an int of more than 308 digits"  # Python prints none of more than 4,300
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _article(kind: type) -> str:
@@ -333,11 +346,12 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(config.to_dict()))}
 
 
-def from_json(data: Mapping[str, Any]) -> ConfigDict:
+def from_json(data: Mapping[str, Any], folder: Path | None = None) -> ConfigDict:
     """Reloads a saved config over a fresh `get_config`, so that field types survive.
 
     A field that came later and is no part of the identity has its default. Raises UserError if the
-    config's file is gone, or has other fields now.
+    config's file is gone, or has other fields now, or lies in `folder`, the run's own: it is a
+    program, and a run folder, which may come from anybody, is to bring none.
     """
     values = dict(data)
     version = values.pop("schema_version", None)
@@ -346,6 +360,12 @@ def from_json(data: Mapping[str, Any]) -> ConfigDict:
     source = values.pop("source", None)
     if not isinstance(source, str):
         raise UserError("config.json names no source file")
+    path = find_config(source.partition(":")[0]).resolve()
+    if folder is not None and path.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"config.json names {source!r}, a program in the run's own folder, which is not run; "
+            "move it out if you trust it"
+        )
     config = _get_config(source)
     config.source = source
     config.lock()
@@ -354,7 +374,7 @@ def from_json(data: Mapping[str, Any]) -> ConfigDict:
     for name in kinds & saved.keys():
         if saved[name] != _parent(config, name).kind:
             raise UserError(
-                f"config.json has {name} = {saved[name]!r}, but {source!r} gives another"
+                f"config.json has {name} = {shown(saved[name])}, but {source!r} gives another"
             )
     missing = sorted(set(flatten(config)) - set(saved) - {"source"})
     missing = [name for name in missing if not {name, name.partition(".")[0]} & {*_NOT_IDENTITY}]

@@ -16,30 +16,50 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from normlab.errors import UserError
 
 _MALLOC_TUNABLE = "glibc.malloc.hugetlb=1"
 _CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _REEXECUTED = "NORMLAB_ENTRY"
 
-RECORDED = ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS", "NPROC", "CUDA_VISIBLE_DEVICES")
+DETERMINISTIC_FLAGS = (
+    "--xla_gpu_deterministic_ops=true",  # no atomics in sums, and no choice of kernels by a clock
+    "--xla_gpu_exclude_nondeterministic_ops=true",  # what has no such form is not compiled
+)
+"""What GPUs need to give the same bytes again; jaxlib 0.10.2, 0.11 and 0.12 know both."""
+
+RECORDED = (
+    *("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS", "NPROC", "CUDA_VISIBLE_DEVICES"),
+    *("JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE"),
+)
 """Environment variables that a run's manifest records."""
 
 
-def entry_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+def entry_environment(
+    environment: Mapping[str, str] | None = None, deterministic: bool = False
+) -> dict[str, str]:
     """Returns the variables to add to `environment` (default: this process's) before Python starts.
 
     What the user has set is kept: a variable that already decides the matter is left out.
+    `deterministic` adds `DETERMINISTIC_FLAGS`.
     """
     environment = os.environ if environment is None else environment
     extra = {}
     tunables = environment.get("GLIBC_TUNABLES", "")
     if "glibc.malloc.hugetlb" not in tunables:
         extra["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, _MALLOC_TUNABLE]))
-    flags = environment.get("XLA_FLAGS", "")
+    there = environment.get("XLA_FLAGS", "")
+    flags = [there] if there else []
     # XLA aborts on a flag that it does not know, so the flag goes only where it was seen to work.
     known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    if known and _CONVOLUTION_FLAG not in flags:
-        extra["XLA_FLAGS"] = f"{flags} {_CONVOLUTION_FLAG}=-individual_convolution".strip()
+    if known and _CONVOLUTION_FLAG not in there:
+        flags.append(f"{_CONVOLUTION_FLAG}=-individual_convolution")
+    if deterministic:
+        flags += [flag for flag in DETERMINISTIC_FLAGS if flag.partition("=")[0] not in there]
+    if (text := " ".join(flags)) != there:
+        extra["XLA_FLAGS"] = text
     return extra
 
 
@@ -71,12 +91,17 @@ def has_accelerator() -> bool:
     return gpu or importlib.util.find_spec("libtpu") is not None
 
 
-def reexecute(arguments: list[str], share_devices: bool = False, module: str = "normlab") -> None:
+def reexecute(
+    arguments: list[str],
+    share_devices: bool = False,
+    deterministic: bool = False,
+    module: str = "normlab",
+) -> None:
     """Starts `python -m MODULE ARGUMENTS` in this process's place, with the entry environment.
 
     Returns only if the environment stands already, or after one try.
     """
-    extra = entry_environment()
+    extra = entry_environment(deterministic=deterministic)
     if share_devices:
         extra |= sharing_environment()
     if _REEXECUTED in os.environ or not extra:
@@ -90,3 +115,47 @@ def threads() -> int:
     """Returns the number of CPU threads that XLA's CPU backend uses in this process."""
     declared = os.environ.get("NPROC", "")
     return int(declared) if declared.isdigit() else len(os.sched_getaffinity(0))
+
+
+# Determinism -------------------------------------------------------------------------------------
+
+
+def is_deterministic(environment: Mapping[str, str] | None = None) -> bool:
+    """Returns whether all of `DETERMINISTIC_FLAGS` are set."""
+    environment = os.environ if environment is None else environment
+    return set(DETERMINISTIC_FLAGS) <= set(environment.get("XLA_FLAGS", "").split())
+
+
+def check_deterministic() -> None:
+    """Raises UserError if XLA_FLAGS do not say what `--deterministic` promises."""
+    if not is_deterministic():
+        raise UserError(
+            f"--deterministic needs XLA_FLAGS='{' '.join(DETERMINISTIC_FLAGS)}' before Python "
+            f"starts, which is {os.environ.get('XLA_FLAGS', '')!r}"
+        )
+
+
+def determinism(platform: str, num_devices: int) -> dict[str, Any]:
+    """Returns what a manifest says of it: `flags` set, what is `promised`, what is `not_promised`.
+
+    `platform` is JAX's: cpu, gpu or tpu. Promised is what the same command gives when it is run
+    again; what it could not be promised for stands beside it.
+    """
+    unlike = [
+        f"another number of threads than {threads()}" if platform == "cpu" else "",
+        f"another number of devices than {num_devices}",
+        "another kind of device",
+        "other versions of the packages, or another commit",
+    ]
+    doubts = []
+    if platform == "gpu" and not is_deterministic():
+        doubts = ["atomic sums and kernels chosen by their speed: --deterministic is not set"]
+    if platform == "gpu" and num_devices > 1:
+        doubts.append("sums over devices, whose order is the communication library's")
+    if platform not in ("cpu", "gpu"):
+        doubts = [f"{platform}: never tried"]
+    return {
+        "flags": is_deterministic(),
+        "promised": "nothing" if doubts else "the same bytes from the same command",
+        "not_promised": doubts + [reason for reason in unlike if reason],
+    }

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from normlab import run
 from normlab.environment import entry_environment, has_accelerator, thread_environment
 from normlab.errors import UserError
 from normlab.sweep import Plan, PlannedRun
+from normlab.ways import SECONDS, Way, choose, groups
 
 ATTEMPTS = 2  # a run whose worker died is resumed once
 ORPHAN_SECONDS = 120.0  # how long a run waits for a worker of an earlier sweep to leave
@@ -45,32 +47,52 @@ def run_plan(
     jobs: int | None,
     threads: int,
     on_event: Callable[[Event], None],
+    seeds: str = "auto",
 ) -> dict[str, str]:
     """Runs what is not done; returns {run id: state} of every run of the plan.
 
-    `jobs` runs at a time (default: one for each `threads` cores, or one on an accelerator).
-    `on_event` is called from one thread at a time. At a SIGINT or SIGTERM the workers save their
-    runs. To be called from the main thread.
+    `jobs` runs at a time, a process each; None: the way of `ways.WAYS` that `seeds` names, or if it
+    is `auto` and there is more than one, the fastest. `on_event` is called from one thread at a
+    time. At a SIGINT or SIGTERM the workers save their runs. To be called from the main thread.
     """
     states, pending = unsettled(plan, folder)
     tracker = Tracker(pending, len(states), on_event)
-    jobs = jobs or default_jobs(threads)
-    tasks: queue.SimpleQueue[PlannedRun] = queue.SimpleQueue()
-    for planned in pending:
-        tasks.put(planned)
-    workers = [_Worker(folder, threads, number) for number in range(min(jobs, len(pending)))]
+    most = min(jobs or default_jobs(threads), len(pending))
+    workers = [_Worker(folder, threads, number) for number in range(most)]
+
+    def lead() -> None:
+        way = Way("processes", most) if jobs else _way(seeds, pending, workers, tracker)
+        tasks: queue.SimpleQueue[list[PlannedRun]] = queue.SimpleQueue()
+        for group in groups(pending, way.together) if way.together > 1 else [[x] for x in pending]:
+            tasks.put(group)
+        for worker in workers[way.workers :]:
+            worker.close()
+        work = [partial(_work, x, tasks, folder, states, tracker) for x in workers[: way.workers]]
+        _all_of(work, workers)
+
+    if pending:
+        before = {
+            number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            _all_of([lead], workers)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return {run_id: state or "planned" for run_id, state in states.items()}
+
+
+def _all_of(works: Sequence[Callable[[], None]], workers: Sequence["_Worker"]) -> None:
+    """Does each work in a thread; if one fails, or a signal comes, stops the workers and raises."""
     faults: list[BaseException] = []
 
-    def work(worker: _Worker) -> None:
+    def do(work: Callable[[], None]) -> None:
         try:
-            _work(worker, tasks, folder, states, tracker)
+            work()
         except BaseException as fault:
             faults.append(fault)
-            worker.stop()
-            worker.close()
 
-    hands = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hands = [threading.Thread(target=do, args=(work,), daemon=True) for work in works]
     try:
         for hand in hands:
             hand.start()
@@ -87,11 +109,35 @@ def run_plan(
         for hand in hands:
             if hand.ident is not None:
                 hand.join()
+        for worker in workers:
+            worker.close()
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return {run_id: state or "planned" for run_id, state in states.items()}
+
+
+def _way(
+    seeds: str, pending: list[PlannedRun], workers: list["_Worker"], tracker: "Tracker"
+) -> Way:
+    """Returns the way that `seeds` asks for; measures and says it if that is `auto`."""
+    if seeds == "loop":
+        return Way("loop", 1)
+    if seeds == "processes" or (seeds == "auto" and len(pending) == 1):
+        return Way("processes", len(workers))
+    if seeds == "devices":
+        devices = int(workers[0].measure(pending[:1], 1).get("devices", 1))
+        return Way("devices", 1, devices)
+    if len(workers) == 1 and not has_accelerator() and "device_count" not in _xla_flags():
+        return Way("loop", 1)  # there is no other
+
+    def measure(worker: int, runs: Sequence[PlannedRun], steps: int | None) -> dict[str, Any]:
+        return workers[worker].measure(runs, steps)
+
+    way, why = choose(pending, len(workers), measure)
+    tracker.say("seeds at a time", why)
+    return way
+
+
+def _xla_flags() -> str:
+    return os.environ.get("XLA_FLAGS", "")
 
 
 def unsettled(plan: Plan, folder: Path) -> tuple[dict[str, str | None], list[PlannedRun]]:
@@ -138,7 +184,7 @@ def settled_state(folder: Path) -> str | None:
 
 def _work(
     worker: "_Worker",
-    tasks: "queue.SimpleQueue[PlannedRun]",
+    tasks: "queue.SimpleQueue[list[PlannedRun]]",
     folder: Path,
     states: dict[str, str | None],
     tracker: "Tracker",
@@ -146,20 +192,36 @@ def _work(
     """Feeds one worker until the tasks or its life end."""
     while not worker.stopped:
         try:
-            planned = tasks.get_nowait()
+            left = tasks.get_nowait()
         except queue.Empty:
             break
-        _wait_for_orphan(folder / planned.id)
-        outcome = {"state": "failed", "message": "the worker process did not start"}
-        for _ in range(ATTEMPTS):
-            outcome = worker.run(planned, folder / planned.id, tracker.advance)
-            if not outcome.get("crashed") or worker.stopped:
+        for planned in left:
+            _wait_for_orphan(folder / planned.id)
+        for attempt in range(ATTEMPTS):
+            crashed = []
+            for planned, outcome in worker.run(left, folder, tracker.advance):
+                if outcome.get("crashed") and not worker.stopped and attempt + 1 < ATTEMPTS:
+                    crashed.append(planned)
+                    continue
+                if outcome["state"] == "failed" or outcome.get("crashed"):
+                    note(folder / planned.id, outcome)
+                states[planned.id] = outcome["state"]
+                tracker.end(planned, outcome["message"])
+            left = crashed
+            if not left:
                 break
-        if outcome["state"] == "failed" or outcome.get("crashed"):
-            note(folder / planned.id, outcome)
-        states[planned.id] = outcome["state"]
-        tracker.end(planned, outcome["message"])
     worker.close()
+
+
+def _ending(code: int) -> str:
+    """Returns how a process ended, in words, from its exit code as `subprocess` has it."""
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), perhaps by the out-of-memory killer"
+    if code < 0:
+        with contextlib.suppress(ValueError):  # a real-time signal has no name
+            return f"was ended by {signal.Signals(-code).name}"
+        return f"was ended by signal {-code}"
+    return f"ended with exit code {code}"
 
 
 def note(folder: Path, outcome: Mapping[str, Any]) -> None:
@@ -196,6 +258,12 @@ class Tracker:
         """Notes that `share` of a run's steps is done."""
         self._emit(planned, share, "", ended=False)
 
+    def say(self, what: str, message: str) -> None:
+        """Tells something that is of no single run."""
+        with self._lock:
+            fraction = sum(self._share.values()) / len(self._share)
+            self._on_event(Event(what, message, True, self._finished, self._total, fraction))
+
     def end(self, planned: PlannedRun, message: str) -> None:
         """Notes that a run has ended, well or badly."""
         self._emit(planned, 1.0, message, ended=True)
@@ -210,6 +278,10 @@ class Tracker:
             )
 
 
+def _described(planned: PlannedRun) -> dict[str, Any]:
+    return {"source": planned.source, "overrides": dict(planned.overrides)}
+
+
 class _Worker:
     """A worker process, started when first needed and started again after a crash."""
 
@@ -221,34 +293,61 @@ class _Worker:
 
     def run(
         self,
-        planned: PlannedRun,
+        group: list[PlannedRun],
         folder: Path,
         on_progress: Callable[[PlannedRun, float], None],
-    ) -> dict[str, Any]:
-        """Returns {"state", "message"} of the run; with "crashed" if the process died of it."""
+    ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
+        """Yields (run, {"state", "message"}) of each run; with "crashed" if the process died.
+
+        Several runs are trained at a time, a device each.
+        """
+        left = dict(enumerate(group))
         if self.stopped:
-            return {"state": "interrupted", "message": "stopped before it began"}
+            lost = {"state": "interrupted", "message": "stopped before it began"}
+        else:
+            runs = [
+                {**_described(planned), "workdir": str(folder / planned.id)} for planned in group
+            ]
+            for reply in self._replies({"runs": runs}):
+                if "state" in reply:
+                    yield left.pop(reply["run"]), reply
+                else:
+                    on_progress(left[reply["run"]], reply["progress"])
+                if not left:
+                    return
+            lost = self._ended()
+        for planned in left.values():
+            yield planned, lost
+
+    def measure(self, group: Sequence[PlannedRun], steps: int | None) -> dict[str, Any]:
+        """Returns what `training.pace` finds of the runs, a device each if they are several.
+
+        With a "message" in its place if it fails.
+        """
+        if self.stopped:
+            return {"message": "stopped"}
+        task = {"measure": list(map(_described, group)), "seconds": SECONDS, "steps": steps}
+        for reply in self._replies(task):
+            return reply
+        return self._ended()
+
+    def _replies(self, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         process = self._started()
-        task = {
-            "source": planned.source,
-            "overrides": dict(planned.overrides),
-            "workdir": str(folder),
-        }
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process is gone
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
         for line in process.stdout:
-            reply = json.loads(line)
-            if "state" in reply:
-                return reply
-            on_progress(planned, reply["progress"])
-        code = process.wait()
+            yield json.loads(line)
+
+    def _ended(self) -> dict[str, Any]:
+        """Returns how the process came to its end, which it has."""
+        assert self._process is not None
+        code = self._process.wait()
         self._process = None
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         state = "interrupted" if self.stopped else "failed"
-        return {"state": state, "message": f"its process ended by {how}", "crashed": True}
+        return {"state": state, "message": f"its process {_ending(code)}", "crashed": True}
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:

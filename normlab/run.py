@@ -13,11 +13,12 @@ lock              held while a process writes the folder; it dies with its holde
 """
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -32,6 +33,12 @@ from typing import IO, Any
 from normlab import __version__
 from normlab.environment import RECORDED, threads
 from normlab.errors import UserError
+from normlab.files import append_line as append_line
+from normlab.files import blocks_of, read_json, write_json
+from normlab.files import finite_or_none as finite_or_none
+from normlab.files import free_name as free_name
+from normlab.files import write_bytes as write_bytes
+from normlab.files import write_text as write_text
 
 STATES = ("running", "done", "diverged", "failed", "interrupted")
 SWEEP = "sweep.json"
@@ -42,59 +49,7 @@ _PACKAGES = (
 )
 
 
-# JSON files --------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that the file is at any moment the old one or the whole new one."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, in UTF-8, atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically: to a neighbour first, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns a JSON object; None if the file is absent.
-
-    Raises UserError if it is not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return data
-
-
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON line; a number that is not finite becomes null."""
-    clean = {key: finite_or_none(value) for key, value in record.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, allow_nan=False) + "\n")
-
-
-def finite_or_none(value: Any) -> Any:
-    """Returns None for a float that JSON cannot write, any other value as it is."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
+# Logs --------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
@@ -102,6 +57,40 @@ LOGS = ("metrics.jsonl", "timing.jsonl")
 def log_bytes(folder: Path) -> dict[str, int]:
     """Returns the sizes of the logs, to be kept with a checkpoint."""
     return {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
+
+
+def log_mark(folder: Path) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of the logs: their sizes, and the SHA-256 of the metrics."""
+    sizes = log_bytes(folder)
+    digest = _digest_of_start(folder / LOGS[0], sizes.get(LOGS[0], 0))
+    return {"log_bytes": sizes, "log_digest": digest}
+
+
+def log_fault(folder: Path, mark: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the metrics up to a checkpoint; None if they are as they were.
+
+    `mark` is the checkpoint's, of `log_mark`. One without digest, of an earlier version, is taken
+    on trust.
+    """
+    sizes = mark.get("log_bytes")
+    if not isinstance(sizes, dict) or not all(type(size) is int for size in sizes.values()):
+        return "its log_bytes are no sizes"
+    if "log_digest" not in mark:
+        return None
+    if mark["log_digest"] == _digest_of_start(folder / LOGS[0], sizes.get(LOGS[0], 0)):
+        return None
+    return f"{LOGS[0]} up to there is not what was written"
+
+
+def _digest_of_start(path: Path, size: int) -> str:
+    """Returns the SHA-256 of the first `size` bytes of a file, of all of a shorter one."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while piece := file.read(max(min(size, 2**20), 0)):
+                digest.update(piece)
+                size -= len(piece)
+    return digest.hexdigest()
 
 
 def truncate_logs(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -120,12 +109,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     (The report shows such lines; a run that could not be finished for one would help nobody.)
     """
-    if not path.exists():
-        return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    for lines in blocks_of(path) if path.is_file() else ():
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
 
 
@@ -160,8 +148,14 @@ def note_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def last_timing(folder: Path) -> dict[str, float]:
-    """Returns the last line of timing.jsonl; {} if there is none."""
-    return (read_lines(folder / "timing.jsonl") or [{}])[-1]
+    """Returns the numbers of timing.jsonl's last line, none of them negative; {} without one."""
+    last = (read_lines(folder / "timing.jsonl") or [{}])[-1]
+    return {name: value for name, value in last.items() if _is_amount(value)}
+
+
+def _is_amount(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max  # NaN is not, nor an int beyond all floats
 
 
 def last_train_loss(folder: Path) -> float | None:
@@ -169,14 +163,6 @@ def last_train_loss(folder: Path) -> float | None:
     lines = read_lines(folder / "metrics.jsonl")
     losses = [line.get("loss") for line in lines if line.get("split") == "train"]
     return losses[-1] if losses else None
-
-
-def free_name(path: Path) -> Path:
-    """Returns `path` with the first number behind it, `-1`, `-2`, ..., that nothing bears yet."""
-    number = 1
-    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
-        number += 1
-    return candidate
 
 
 # The folder --------------------------------------------------------------------------------------
@@ -195,8 +181,12 @@ def open_folder(folder: Path, identity_config: dict[str, Any]) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno in _NO_ROOM:  # no mistake of the user's
+            raise
         reason = os.strerror(error.errno or 0)
         raise UserError(f"workdir {str(folder)!r} cannot be written: {reason}") from error
+    for name in (*LOGS, "log.txt"):
+        _refuse_link(folder / name)
     there = read_json(folder / "identity.json")
     if there is None:
         found = strangers(folder)
@@ -217,6 +207,15 @@ def open_folder(folder: Path, identity_config: dict[str, Any]) -> None:
             f"workdir {str(folder)!r} holds the run of another config: "
             f"{name} is {old!r} there and {new!r} here; choose another folder"
         )
+
+
+def _refuse_link(path: Path) -> None:
+    """Raises UserError for a link: a folder of a stranger would have files outside it written."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path} is a link or no file; a run writes only into its own folder")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def strangers(folder: Path) -> list[str]:
@@ -250,6 +249,7 @@ def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, An
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder's lock; raises UserError if another process holds it."""
+    _refuse_link(folder / "lock")
     with (folder / "lock").open("a") as file:
         for attempt in range(10):  # `is_locked` of another process holds it for an instant
             if _try_lock(file):
@@ -262,11 +262,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """True while a living process writes the folder."""
-    try:
-        with (folder / "lock").open() as file:
-            return not _try_lock(file)
-    except FileNotFoundError:
+    path = folder / "lock"
+    if not path.is_file():
         return False
+    with contextlib.suppress(FileNotFoundError), path.open() as file:
+        return not _try_lock(file)
+    return False
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -313,13 +314,21 @@ def failure_noted(folder: Path) -> Iterator[None]:
         raise
 
 
+class _QuietHandler(logging.FileHandler):
+    """Says nothing where it cannot write: a full disk is reported once, by what it ends."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Writes normlab's log messages of the block to `path`, appending, without a clock."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _QuietHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     if threading.current_thread() is not threading.main_thread():  # one of several runs
-        handler.addFilter(lambda record, own=threading.get_ident(): record.thread == own)
+        own = threading.get_ident()
+        handler.addFilter(lambda record: record.thread == own)
     logger = logging.getLogger("normlab")
     level = logger.level
     logger.addHandler(handler)
@@ -329,7 +338,8 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 # The manifest ------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def of_run(
     """
     _check(num_seeds, inputs)
     compiler = parallel.Compiler()
-    parts, step, state = restore(folder, step, compiler, data_path=data_path)
+    parts, step, state = restore(folder, step, data_path=data_path)
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")
     chosen = parts.config.eval.use_ema if use_ema is None else use_ema

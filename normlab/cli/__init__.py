@@ -13,8 +13,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from normlab.environment import reexecute
-from normlab.errors import MachineFault, UserError, unknown
+from normlab.environment import check_deterministic, reexecute
+from normlab.errors import MachineFault, UserError, printable, unknown
 
 COMMANDS = {
     "train": "train",
@@ -48,7 +48,15 @@ def entry() -> NoReturn:
     signal.signal(signal.SIGINT, lambda *_: os._exit(_fail("interrupted", 130)))
     arguments = sys.argv[1:]
     if arguments and arguments[0] in _COMPUTING:
-        reexecute(arguments, share_devices=arguments[0] in ("compare", "sweep", "paper"))
+        reexecute(
+            arguments,
+            share_devices=arguments[0] in ("compare", "sweep", "paper"),
+            # argparse takes a beginning of an option for the option.
+            deterministic=any(
+                argument.startswith("--de") and "--deterministic".startswith(argument)
+                for argument in arguments
+            ),
+        )
     sys.exit(main(arguments))
 
 
@@ -104,6 +112,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise _unknown_argument(rest[0], commands.choices[parsed.command])
     parsed.overrides = _overrides(rest, commands.choices[parsed.command])
     parsed.command_line = arguments
+    if getattr(parsed, "deterministic", False):
+        check_deterministic()
     return modules[parsed.command].main(parsed)
 
 
@@ -125,6 +135,15 @@ def _overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, st
     return overrides
 
 
+def add_deterministic(parser: argparse.ArgumentParser) -> None:
+    """Declares `--deterministic`, which `entry` sees first: it must stand before XLA starts."""
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="what GPUs need to give the same bytes again; slower (docs/reliability.md)",
+    )
+
+
 def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UserError:
     options = [option for action in parser._actions for option in action.option_strings]
     return unknown("argument", argument.partition("=")[0], options)
@@ -144,7 +163,7 @@ def _machine_fault(error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"normlab: {message}", file=sys.stderr)
+    print(f"normlab: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from normlab import report, sweep
+from normlab.cli import add_deterministic
 from normlab.errors import UserError
 
 
@@ -27,6 +28,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run again what another commit of normlab ran; the old run is kept aside",
     )
+    add_deterministic(parser)
 
 
 def check_run_arguments(args: argparse.Namespace) -> None:

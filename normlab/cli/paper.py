@@ -68,16 +68,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _refuse(args: argparse.Namespace, what: str, *further: str) -> None:
     """Raises UserError for an argument that says how to run an experiment where none is run."""
-    names = (
-        *further,
-        "scale",
-        "workdir",
-        "seeds",
-        "jobs",
-        "threads",
-        "launcher",
-        "redo_other_commits",
-    )
+    names = (*further, "scale", "workdir", "seeds", "jobs", "threads", "redo_other_commits")
+    names += ("deterministic", "launcher")
     for name in names:
         value = getattr(args, name)
         if value is not None and value is not False:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from normlab.cli import add_deterministic
 from normlab.errors import UserError
 
 HELP = "train a run's config again in another folder, and say what is not as it was then"
@@ -17,24 +18,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a run's folder")
     parser.add_argument("--workdir", required=True, metavar="NEW", help="folder of the new run")
     parser.add_argument("--data-path", metavar="PATH", help="where the data set is now")
+    add_deterministic(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Warns of what differs, trains, compares; returns the exit code of `train`."""
     from normlab import run
     from normlab.cli.train import train_and_print
-    from normlab.config import from_json
     from normlab.data import load
     from normlab.training.record import describe_process
+    from normlab.training.restore import saved_config
 
     folder = Path(args.directory)
-    saved, then = (run.read_json(folder / f"{name}.json") for name in ("config", "manifest"))
-    if saved is None or then is None:
-        missing = "config.json" if saved is None else "manifest.json"
-        raise UserError(f"{str(folder)!r} is not a run folder: it has no {missing}")
+    config, then = saved_config(folder), run.read_json(folder / "manifest.json")
+    if then is None:
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no manifest.json")
     check_new(folder, Path(args.workdir))
     _check_sections(then, folder / "manifest.json")
-    config = from_json(saved)
     if args.data_path is not None:
         config.data.path = args.data_path
     now = describe_process() | {"data_fingerprint": load(config.data).fingerprint}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from normlab import hosts
+from normlab.cli import add_deterministic
 from normlab.errors import UserError
 
 HELP = "train one run, or resume it"
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="e.g. configs/digits.py:norm=layer_norm; any field: --config.optim.base_lr=0.5",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    add_deterministic(parser)
     several = parser.add_argument_group(
         "several processes", "one run on several machines; the same command on each (docs)"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.data.images import Encoded
-from normlab.errors import UserError, one_line
+from normlab.errors import UserError, one_line, quoted
 
 INFO, FEATURES, LABELS = "dataset_info.json", "features.json", ".labels.txt"
 FORMAT = "array_record"
@@ -114,8 +114,14 @@ def _describe(directory: Path, name: str) -> Prepared:
         info: dict[str, Any] = json.loads((directory / INFO).read_text(encoding="utf-8"))
         counts = {x["name"]: sum(map(int, x["shardLengths"])) for x in info["splits"]}
         there, form = str(info["name"]), str(info.get("fileFormat", "tfrecord"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(directory / INFO)!r} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{str(directory / INFO)!r} is damaged: {one_line(error)}") from error
+    for split, count in counts.items():
+        if not 0 <= count < 2**31:
+            raise UserError(
+                f"{str(directory / INFO)!r} is damaged: split {quoted(str(split))} has no number "
+                "of examples that can be"
+            )
     if there != name:
         raise UserError(f"{str(directory)!r} holds {there!r}, not {name!r}")
     if form != FORMAT:

@@ -4,13 +4,21 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from normlab import pool
+from normlab import pool, ways
+from normlab.errors import unknown
 from normlab.sweep import Plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """The pool of worker processes (`normlab.pool`); no options."""
+    """The pool of worker processes (`normlab.pool`)."""
+
+    seeds: str = "auto"  # how runs share the machine: auto (measured), loop, processes, devices
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown way."""
+        if self.seeds not in ways.WAYS:
+            raise unknown("way of the launcher 'local':", self.seeds, ways.WAYS)
 
     def __call__(
         self,
@@ -21,4 +29,4 @@ class Local:
         on_event: Callable[[pool.Event], None],
     ) -> dict[str, str]:
         """Runs what is not done; returns {run id: state}."""
-        return pool.run_plan(plan, folder, jobs, threads, on_event)
+        return pool.run_plan(plan, folder, jobs, threads, on_event, self.seeds)

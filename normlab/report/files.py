@@ -3,9 +3,11 @@
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from normlab.files import blocks_of, read_small
 
 RUN_ID = re.compile(r"\w[\w.-]*")
 """A run's folder in a sweep's; nothing else, as it could point out of the sweep's folder."""
@@ -13,10 +15,13 @@ RUN_ID = re.compile(r"\w[\w.-]*")
 
 def read_json(path: Path, notes: list[str], *, required: bool = True) -> dict[str, Any]:
     """Returns the object in a JSON file; {} and a note if there is none."""
-    data = _read(path, notes, required)
-    if data is None:
+    try:
+        value = _parse(read_small(path))
+    except ValueError:
+        value = None
+    except OSError as error:
+        _note_unread(path, error, notes, required)
         return {}
-    value = _parse(data)
     if not isinstance(value, dict):
         notes.append(f"{path.name} is not a readable JSON object")
         return {}
@@ -30,43 +35,47 @@ Curve = tuple[tuple[int, float], ...]  # (steps, value), by step
 
 def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve, dict[str, Curve]]:
     """Returns metrics.jsonl's curve of test accuracy, and those of the probe by percentile."""
-    lines = (_read(path, notes, required) or b"").split(b"\n")
     points: dict[int, float] = {}
     probe: dict[str, dict[int, float]] = {}
     passed_over: dict[int, float] = {}
-    unreadable = []
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    events = _parse_lines([line for _, line in numbered])
-    for (line_number, _), event in zip(numbered, events, strict=True):
-        if not isinstance(event, dict):
-            unreadable.append(line_number)
-            continue
-        step, accuracy = integer(event.get("step")), number(event.get("accuracy"))
-        if step is None:
-            continue
-        if event.get("split") == "test" and accuracy is not None:
-            points[step] = accuracy
-        if event.get("split") == "probe":
-            for name, value in event.items():
-                if _PERCENTILE.fullmatch(name) and (measured := number(value)) is not None:
-                    probe.setdefault(one_line(name), {})[step] = measured
-        # Counted since the line before; keyed by step, so that a line written twice counts once.
-        passed_over[step] = number(event.get("nonfinite")) or passed_over.get(step, 0)
-    if unreadable == [len(lines)]:
+    unreadable: list[int] = []  # the numbers of the first few
+    last = bad = 0
+    for lines in _blocks(path, notes, required):
+        numbered = [(i, line) for i, line in enumerate(lines, last + 1) if line.strip()]
+        last += len(lines)
+        events = _parse_lines([line for _, line in numbered])
+        for (line_number, _), event in zip(numbered, events, strict=True):
+            if not isinstance(event, dict):
+                bad += 1
+                unreadable += [line_number] if bad <= 5 else []
+                continue
+            step, accuracy = integer(event.get("step")), number(event.get("accuracy"))
+            if step is None:
+                continue
+            if event.get("split") == "test" and accuracy is not None:
+                points[step] = accuracy
+            if event.get("split") == "probe":
+                for name, value in event.items():
+                    if _PERCENTILE.fullmatch(name) and (measured := number(value)) is not None:
+                        probe.setdefault(one_line(name), {})[step] = measured
+            # Counted since the line before; keyed by step: a line written twice counts once.
+            if count := number(event.get("nonfinite")):
+                passed_over[step] = count
+    if unreadable == [last]:
         notes.append(f"{path.name}: the last line is cut off")
     elif unreadable:
-        first = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
-        notes.append(f"{path.name}: {len(unreadable)} unreadable (line {first})")
-    count = sum(passed_over.values())
-    if count:
-        notes.append(f"{count:.0f} steps passed over because something was not finite")
+        first = ", ".join(map(str, unreadable)) + (", ..." if bad > len(unreadable) else "")
+        notes.append(f"{path.name}: {bad} unreadable (line {first})")
+    total = sum(passed_over.values())
+    if total:
+        notes.append(f"{total:.0f} steps passed over because something was not finite")
     return _by_step(points), {name: _by_step(values) for name, values in probe.items()}
 
 
 def read_series(path: Path, split: str) -> dict[str, Curve]:
     """Returns the finite numbers of metrics.jsonl's lines of a split, by name; {} without file."""
     found: dict[str, dict[int, float]] = {}
-    for event in _parse_lines((_read(path, [], required=False) or b"").split(b"\n")):
+    for event in _events(path):
         step = integer(event.get("step")) if isinstance(event, dict) else None
         if step is None or event.get("split") != split:
             continue
@@ -84,13 +93,29 @@ def read_seconds(path: Path, curve: Curve) -> tuple[float, ...]:
     """
     if not curve:
         return ()
-    lines = (_read(path, [], required=False) or b"").split(b"\n")
-    of_step = {line.partition(b",")[0]: line for line in reversed(lines) if line.strip()}
+    of_step: dict[bytes, bytes] = {}
+    for lines in _blocks(path, [], required=False):
+        for line in filter(bytes.strip, lines):
+            of_step.setdefault(line.partition(b",")[0], line)
     events = [event for event in _parse_lines([*of_step.values()]) if isinstance(event, dict)]
     told = {integer(event.get("step")): number(event.get("train_seconds")) for event in events}
     seconds = [told.get(step) for step, _ in curve]
     found = [value for value in seconds if value is not None and value >= 0]
     return tuple(found) if len(found) == len(curve) and found == sorted(found) else ()
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the JSON objects among a file's lines."""
+    for lines in _blocks(path, [], required=False):
+        yield from (event for event in _parse_lines(lines) if isinstance(event, dict))
+
+
+def _blocks(path: Path, notes: list[str], required: bool) -> Iterator[list[bytes]]:
+    """Yields a file's lines as `blocks_of` does; nothing, and a note, if it cannot be read."""
+    try:
+        yield from blocks_of(path)
+    except OSError as error:
+        _note_unread(path, error, notes, required)
 
 
 def _parse_lines(lines: list[bytes]) -> list[Any]:
@@ -105,15 +130,11 @@ def _by_step(points: dict[int, float]) -> Curve:
     return tuple(sorted(points.items()))
 
 
-def _read(path: Path, notes: list[str], required: bool) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        if required:
-            notes.append(f"{path.name} is missing")
-    except OSError as error:
+def _note_unread(path: Path, error: OSError, notes: list[str], required: bool) -> None:
+    if not isinstance(error, FileNotFoundError):
         notes.append(f"{path.name} cannot be read: {error.strerror}")
-    return None
+    elif required:
+        notes.append(f"{path.name} is missing")
 
 
 def _parse(data: bytes) -> Any:

@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from normlab import run
 from normlab.errors import UserError
 from normlab.report.files import RUN_ID, integer, number, one_line, plain_text, read_json
 
+LARGEST_LOOK = 2**26  # bytes of a log that are read at once
 RECENT = 20  # lines of timing.jsonl over which the speed is taken
 
 
@@ -28,16 +30,25 @@ class Log:
     offset: int = 0
     changed: float = 0.0  # when it was last written, seconds since the epoch
 
+    def news(self) -> Iterator[tuple[bool, list[bytes]]]:
+        """Yields what `read_on` returns until nothing is new."""
+        lines = [b""]
+        while lines:
+            anew, lines = self.read_on()
+            yield anew, lines
+
     def read_on(self) -> tuple[bool, list[bytes]]:
         """Returns (has it begun anew, its new whole lines); the last one may still be written."""
         try:
             there = os.stat(self.path)
+            if not stat.S_ISREG(there.st_mode):  # a pipe would hold up whoever opens it
+                return False, []
             if there.st_size == self.offset:
                 return False, []
             self.changed = there.st_mtime
             with self.path.open("rb") as file:
                 file.seek(max(self.offset - 1, 0))
-                data = file.read()
+                data = file.read(LARGEST_LOOK)
         except OSError:
             there, data = None, b""
         # What was read ended a line; if nothing does there, the file was cut back in between.
@@ -178,19 +189,19 @@ def refresh(live: LiveRun) -> None:
     _read_status(live)
     if not live.norm:
         _read_labels(live)
-    anew, lines = live.metrics.read_on()
-    if anew:
-        live.train_loss = live.validation_accuracy = None
-        live.test_accuracies = []
-    for line in _parsed(lines):
-        _take(live, line)
-    anew, lines = live.timing.read_on()
-    if anew:
-        live.times.clear()
+    for anew, lines in live.metrics.news():
+        if anew:
+            live.train_loss = live.validation_accuracy = None
+            live.test_accuracies = []
+        for line in _parsed(lines):
+            _take(live, line)
     numbers = ("step", "seconds", "train_seconds")
-    for line in _parsed(lines[-RECENT:]):
-        if all(number(line.get(name)) is not None for name in numbers):
-            live.times.append(line)
+    for anew, lines in live.timing.news():
+        if anew:
+            live.times.clear()
+        for line in _parsed(lines[-RECENT:]):
+            if all(number(line.get(name)) is not None for name in numbers):
+                live.times.append(line)
     told = live.times[-1]["step"] if live.times else integer(live.status.get("step"))
     live.step = told or 0
 

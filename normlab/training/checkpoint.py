@@ -1,7 +1,8 @@
 """Checkpoints: orbax writes them, a SHA-256 manifest beside each proves that they are whole.
 
     checkpoints/330/state/          what orbax wrote
-    checkpoints/330/manifest.json   step, data position, what the run is, digest of every file
+    checkpoints/330/manifest.json   step, data position, what the run is, digest of every file and
+                                    of itself
 
 A checkpoint is written under another name and renamed when whole, so a folder named by a step is
 complete. The library alone restores a flipped bit without a word; here every file is verified
@@ -9,11 +10,14 @@ before it is read, a bad one is kept and named in a warning, and the one before 
 """
 
 import contextlib
+import errno
 import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +29,43 @@ from normlab.run import first_difference, free_name, read_json, write_json
 
 _LOG = logging.getLogger(__name__)
 
+FORMAT = 1
+"""Of the manifest. Those before it had no format and no digest of their own; they are read, too."""
+
 _OVERHEAD_BYTES = 256 * 1024  # of a checkpoint's index and manifest
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Orbax mixes up what several threads of a process write or read at once."""
 
 
 def save(folder: Path, step: int, state: Any, facts: Mapping[str, Any]) -> Path:
     """Writes `state` (a pytree of arrays) as the checkpoint of `step`; returns its folder.
 
-    `facts` go into its manifest: the run's id and the data position.
+    `facts` go into its manifest: the run's id and the data position. Raises MachineFault, and
+    leaves nothing, if the disk takes no more.
     """
     final = folder / str(step)
-    temporary = folder / f".writing-{step}-{os.getpid()}"
+    temporary = folder / f"{_UNFINISHED}{step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
-    if shutil.disk_usage(temporary).free < needed + _OVERHEAD_BYTES:
-        raise _full(folder)
-    with _one_line_when_full(folder), _checkpointer() as checkpointer:
-        checkpointer.save((temporary / "state").resolve(), jax.tree.map(np.asarray, state))
-    manifest = {
-        "step": step,
-        **facts,
-        "form": _form(state),
-        "files": _digests(temporary / "state"),
-    }
-    write_json(temporary / "manifest.json", manifest)
-    if final.exists():  # a bad checkpoint of the same step, passed over when the run resumed
-        final.rename(free_name(folder / f"bad-{step}"))
-    temporary.rename(final)
+    with _one_line_for_the_disk(folder, temporary):
+        temporary.mkdir(parents=True)
+        needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+        if shutil.disk_usage(temporary).free < needed + _OVERHEAD_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _ONE_AT_A_TIME, _checkpointer() as checkpointer:
+            checkpointer.save((temporary / "state").resolve(), jax.tree.map(np.asarray, state))
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            **facts,
+            "form": _form(state),
+            "files": _digests(temporary / "state"),
+        }
+        write_json(temporary / "manifest.json", manifest | {"digest": _own_digest(manifest)})
+        if final.exists():  # a bad checkpoint of the same step, passed over when the run resumed
+            final.rename(free_name(folder / f"bad-{step}"))
+        temporary.rename(final)
     return final
 
 
@@ -70,22 +84,35 @@ def _checkpointer() -> Any:
 
 
 @contextlib.contextmanager
-def _one_line_when_full(folder: Path) -> Iterator[None]:
-    """Raises MachineFault; orbax would log tracebacks from each of its threads as well."""
+def _one_line_for_the_disk(folder: Path, temporary: Path) -> Iterator[None]:
+    """Raises MachineFault for what the disk refuses; orbax would log each thread's traceback, too.
+
+    What was written by then goes: on a full disk it would take the room that is to be made.
+    """
     absl_logger = logging.getLogger("absl")
     disabled, absl_logger.disabled = absl_logger.disabled, True
     try:
         yield
     except Exception as error:
-        if "No space left on device" not in str(error):
+        shutil.rmtree(temporary, ignore_errors=True)
+        reasons = [reason for reason in _REFUSALS if reason in str(error)]
+        if not reasons:
             raise
-        raise _full(folder) from error
+        raise MachineFault(f"{reasons[0].lower()} for a checkpoint in {folder}") from error
     finally:
         absl_logger.disabled = disabled
 
 
-def _full(folder: Path) -> MachineFault:
-    return MachineFault(f"no space left on device for a checkpoint in {folder}")
+_REFUSALS = tuple(
+    os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+)
+_UNFINISHED = ".writing-"
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Deletes what killed processes had begun to write; for the holder of the run's lock."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -96,16 +123,22 @@ def steps(folder: Path) -> list[int]:
 
 
 def latest(
-    folder: Path, like: Any, facts: Mapping[str, Any]
+    folder: Path,
+    like: Any,
+    facts: Mapping[str, Any],
+    fault: Callable[[Mapping[str, Any]], str | None] = lambda manifest: None,
 ) -> tuple[int, Any, dict[str, Any]] | None:
     """Returns (step, state, manifest) of the newest good checkpoint; None if there is none.
 
-    `like` gives the tree, shapes and dtypes. A bad checkpoint is named in a warning and passed
-    over.
+    `like` gives the tree, shapes and dtypes; `fault` says of a manifest why a run cannot go on from
+    there. A bad checkpoint is named in a warning and passed over.
     """
     for step in reversed(steps(folder)):
         try:
-            return step, *load(folder / str(step), like, facts)
+            state, manifest = load(folder / str(step), like, facts)
+            if reason := fault(manifest):
+                raise UserError(f"checkpoint {folder / str(step)} is of no use: {reason}")
+            return step, state, manifest
         except UserError as error:
             _LOG.warning("%s; using the one before it", error)
     return None
@@ -119,12 +152,10 @@ def load(
     Raises UserError, one line, if a file is missing, added or altered, if a fact differs from
     `facts`, or if the state has another form.
     """
-    manifest = read_json(path / "manifest.json")
-    if manifest is None:
-        raise UserError(f"checkpoint {path} has no manifest")
+    manifest = _manifest(path)
     found = _digests(path / "state")
-    for name in sorted(found.keys() | manifest.get("files", {}).keys()):
-        if found.get(name) != manifest.get("files", {}).get(name):
+    for name in sorted(found.keys() | manifest["files"].keys()):
+        if found.get(name) != manifest["files"].get(name):
             raise UserError(
                 f"checkpoint {path} is damaged: {name} is not the file that was written"
             )
@@ -139,11 +170,34 @@ def load(
         )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
     try:
-        with _checkpointer() as checkpointer:
+        with _ONE_AT_A_TIME, _checkpointer() as checkpointer:
             return checkpointer.restore((path / "state").resolve(), abstract), manifest
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).split("\n", 1)[0][:200]
         raise UserError(f"checkpoint {path} does not fit this model: {reason}") from error
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of the checkpoint `path`; raises UserError if it is not as written."""
+    manifest = read_json(path / "manifest.json")
+    if manifest is None:
+        raise UserError(f"checkpoint {path} has no manifest")
+    digest, form = manifest.pop("digest", None), manifest.get("format")
+    if isinstance(form, int) and form > FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {form}, this normlab reads up to {FORMAT}; "
+            "use the normlab that wrote it, or a later one"
+        )
+    before_formats = digest is None and form is None
+    whole = before_formats or digest == _own_digest(manifest)
+    if not whole or not all(isinstance(manifest.get(name), dict) for name in ("files", "form")):
+        raise UserError(f"checkpoint {path} is damaged: its manifest is not what was written")
+    return manifest
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a manifest's canonical JSON."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def keep_newest(folder: Path, count: int | None) -> None:
@@ -159,8 +213,11 @@ def _form(tree: Any) -> dict[str, str]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
+    return found

@@ -30,6 +30,7 @@ from normlab.training.signals import Interrupted, Signals
 from normlab.training.sinks import Sink, check_sinks, open_sinks
 from normlab.training.start import start_from_data
 from normlab.training.state import CULPRITS, Totals, TrainState, create_state
+from normlab.training.step import how_to_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class _Run:
         self.facts = {"run": id_of(config), "seed": config.seed, "data": self.data.fingerprint}
         self.writes = processes.is_first()
         self.before: dict[str, float] = {}  # seconds spent by earlier processes on this run
+        self.saved: int | None = None  # step of the newest checkpoint
         self.train_seconds = 0.0
         if self.writes:
             state = self._take_up(state, overrides)
@@ -151,10 +153,13 @@ class _Run:
         describe_run(self.parts, folder, overrides, self.data.fingerprint, order, state.params)
         note_groups(self.parts)
         manifest: dict[str, Any] = {}
-        resumed = checkpoint.latest(folder / "checkpoints", state, self.facts)
+        checkpoint.discard_unfinished(folder / "checkpoints")
+        resumed = checkpoint.latest(
+            folder / "checkpoints", state, self.facts, lambda mark: run.log_fault(folder, mark)
+        )
         if resumed:
-            step, state, manifest = resumed
-            _LOG.info("resumed at step %d", step)
+            self.saved, state, manifest = resumed
+            _LOG.info("resumed at step %d", self.saved)
         run.truncate_logs(folder, manifest.get("log_bytes", {}))
         self.before = run.last_timing(folder)
         return state
@@ -312,15 +317,18 @@ class _Run:
             "train_seconds": self.train_seconds,
             "compile_seconds": self._compile_seconds(),
         }
-        return {name: round(self.before.get(name, 0.0) + now[name], 6) for name in now}
+        # A clock that was set back must not take away what earlier processes spent.
+        return {name: round(self.before.get(name, 0.0) + max(now[name], 0.0), 6) for name in now}
 
     def _save(self) -> None:
-        if not self.writes:
+        """Writes the checkpoint of this step, once: a signal may come while it is written."""
+        if not self.writes or self.saved == self.step:
             return
         self._time()
-        facts = self.facts | {"log_bytes": run.log_bytes(self.folder)}
+        facts = self.facts | run.log_mark(self.folder)
         checkpoint.save(self.folder / "checkpoints", self.step, self.state, facts)
         checkpoint.keep_newest(self.folder / "checkpoints", self.parts.config.checkpoint.keep)
+        self.saved = self.step
 
     # Evaluation ----------------------------------------------------------------------------------
 
@@ -365,7 +373,10 @@ class _Run:
             "seconds": timing["seconds"],
             "compile_seconds": timing["compile_seconds"],
             "step_seconds": steps_seconds,
-            "examples_per_second": self.parts.length.batch_size / steps_seconds,
+            # No seconds are known where timing.jsonl was lost after the last step.
+            "examples_per_second": self.parts.length.batch_size / steps_seconds
+            if steps_seconds
+            else None,
             "num_params": self.num_params,
             "peak_memory_bytes": self.memory.bytes(),
             "step_memory_bytes": self.compiler.planned_bytes("train"),

@@ -1,4 +1,4 @@
-"""How long a step of training takes, measured before a sweep decides how its seeds share a machine."""
+"""How long a step takes: measured before a sweep decides how its seeds share a machine."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from normlab import run
 from normlab.config import to_json
 from normlab.data import augmentation_hash
+from normlab.environment import determinism
 from normlab.errors import UserError
 from normlab.models.layers import norm_layers
 from normlab.training.setup import Parts, id_of
@@ -40,7 +41,10 @@ def _digits(array: np.ndarray) -> str:
 
 def describe_process() -> dict[str, Any]:
     """Returns what a run of this process stands on apart from its config."""
-    return run.describe_machine() | {"devices": [str(device) for device in jax.devices()]}
+    return run.describe_machine() | {
+        "devices": [str(device) for device in jax.devices()],
+        "deterministic": determinism(jax.default_backend(), jax.device_count()),
+    }
 
 
 def check_fingerprint(folder: Path, config: ConfigDict, fingerprint: str) -> None:
@@ -68,7 +72,7 @@ def describe_run(
     data_order_hash: str,
     params: Any,
 ) -> None:
-    """Writes config.json and manifest.json; a resumed run keeps the first ones.
+    """Writes config.json and manifest.json; a resumed run keeps the first ones, if they are whole.
 
     `params` are the initial ones. What the resuming process stands on goes into `resumed` of the
     manifest, if it differs.
@@ -76,10 +80,17 @@ def describe_run(
     machine = describe_process()
     manifest = run.read_json(folder / "manifest.json")
     if manifest is not None:
-        earlier = manifest.get("resumed", [manifest])[-1]
+        resumed = manifest.get("resumed", [])
+        if not isinstance(resumed, list) or not all(isinstance(then, dict) for then in resumed):
+            raise UserError(
+                f"{folder / 'manifest.json'} is damaged: 'resumed' is no list of objects"
+            )
+        earlier = [manifest, *resumed][-1]
         if any(earlier.get(key) != value for key, value in machine.items()):
-            manifest["resumed"] = [*manifest.get("resumed", []), machine]
+            manifest["resumed"] = [*resumed, machine]
             run.write_json(folder / "manifest.json", manifest)
+        if not _is_readable(folder / "config.json"):
+            run.write_json(folder / "config.json", to_json(parts.config))
         return
     run.write_json(folder / "config.json", to_json(parts.config))
     manifest = {
@@ -97,6 +108,13 @@ def describe_run(
         "init_hashes": init_hashes(params),
     }
     run.write_json(folder / "manifest.json", manifest)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return run.read_json(path) is not None
+    except UserError:
+        return False
 
 
 def note_groups(parts: Parts) -> None:

@@ -18,7 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from normlab.errors import UserError
 from normlab.training import parallel
+from normlab.training.setup import id_of
 from normlab.training.signals import Signals
 
 T = TypeVar("T")
@@ -109,10 +111,18 @@ class Seat:
 
 
 def on_one_device(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the same run, its batch on one device."""
-    config = copy.deepcopy(config)
-    config.parallel.num_devices = 1
-    return config
+    """Returns the config of the same run, its batch on one device.
+
+    Raises UserError if it would be another run: with statistics by device.
+    """
+    alone = copy.deepcopy(config)
+    alone.parallel.num_devices, alone.parallel.mode = 1, "jit"
+    if id_of(alone) != id_of(config):
+        raise UserError(
+            "config field 'batch_stats.scope' = 'device' on one device of "
+            f"{parallel.num_devices(config)} would be another run"
+        )
+    return alone
 
 
 def run_together(works: Sequence[Callable[[Seat], T]], signals: Signals) -> list[T]:

@@ -4,20 +4,47 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from normlab import run
-from normlab.config import from_json
+from normlab.config import from_json, shown
 from normlab.errors import UserError
 from normlab.training import checkpoint, parallel
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
-from normlab.training.setup import Parts, build_parts, id_of
-from normlab.training.state import TrainState, create_state
+from normlab.training.setup import Parts, build_parts, id_of, run_identity
+from normlab.training.state import TrainState, abstract_state
+
+
+def saved_config(folder: Path) -> ConfigDict:
+    """Returns the config of a run's folder.
+
+    Raises UserError, one line, if there is none, if it cannot be reloaded, or if it is not the one
+    that the run was: a flipped bit may leave a config that loads.
+    """
+    saved = run.read_json(folder / "config.json")
+    if saved is None:
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no config.json")
+    config = from_json(saved, folder)
+    then = run.read_json(folder / "identity.json")
+    if then is None:  # of what no training made, as weights that were imported
+        return config
+    now = run_identity(config)
+    for identity in (then, now):  # the number of devices is this machine's, and was that one's
+        if isinstance(identity.get("batch_stats"), dict):
+            identity["batch_stats"].pop("groups", None)
+    if difference := run.first_difference(then, now):
+        name, old, new = difference
+        raise UserError(
+            f"{folder / 'config.json'} or identity.json is damaged: {name} is {shown(new)} in the "
+            f"one and {shown(old)} in the other"
+        )
+    return config
 
 
 def restore(
     folder: Path,
     step: int | None,
-    compiler: parallel.Compiler,
     *,
     batch_size: int | None = None,
     data_path: str | None = None,
@@ -26,16 +53,13 @@ def restore(
 
     Raises UserError, one line, if the folder is no run, or has no such or no good checkpoint.
     """
-    saved = run.read_json(folder / "config.json")
-    if saved is None:
-        raise UserError(f"{str(folder)!r} is not a run folder: it has no config.json")
-    config = from_json(saved)
+    config = saved_config(folder)
     if batch_size is not None:
         config.eval.batch_size = batch_size
     if data_path is not None:
         config.data.path = data_path
     parts = build_parts(config)
-    like = create_state(parts, compiler)
+    like = abstract_state(parts)
     checkpoints = folder / "checkpoints"
     there = checkpoint.steps(checkpoints)
     if not there:
@@ -81,7 +105,7 @@ def open_run(
     are asked for that the run did not keep.
     """
     compiler = parallel.Compiler()
-    parts, step, state = restore(folder, step, compiler, batch_size=batch_size, data_path=data_path)
+    parts, step, state = restore(folder, step, batch_size=batch_size, data_path=data_path)
     parallel.enable_compilation_cache(parts.config)
     if use_ema and state.ema is None:
         raise UserError(f"run {str(folder)!r} kept no moving averages (train.ema_decay is none)")

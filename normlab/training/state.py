@@ -108,3 +108,9 @@ def create_state(parts: Parts, compiler: Compiler) -> TrainState:
     create = functools.partial(initial_state, parts)
     seed = seed_array(parts.config.seed)
     return compiler("init", create, seed)(seed)
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Returns the shapes and dtypes of the state, without computing anything, however large."""
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    return jax.eval_shape(functools.partial(initial_state, parts), seed)

@@ -223,6 +223,11 @@ def test_the_fingerprint_is_that_of_the_data_and_not_of_what_lies_beside_them(pe
         ({"splits": [{"name": "train", "shardLengths": ["10"]}]}, "it has train"),
         ({"splits": []}, "it has none"),
         ({"splits": 3}, "is damaged: "),
+        (
+            {"splits": [{"name": "train", "shardLengths": ["9" * 400]}]},
+            "split 'train' has no number of examples that can be",
+        ),
+        ({"splits": [{"name": "test", "shardLengths": [-1]}]}, "split 'test' has no number"),
     ],
 )
 def test_a_directory_that_cannot_be_read_is_refused_before_anything_else(prepared, damage, message):
@@ -232,6 +237,12 @@ def test_a_directory_that_cannot_be_read_is_refused_before_anything_else(prepare
         describe(at(prepared))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_deep_description_is_refused(prepared):
+    (prepared / "cifar10/3.0.2/dataset_info.json").write_text('{"splits": ' + "[" * 100_000)
+    with pytest.raises(UserError, match=r"dataset_info\.json' is damaged: "):
+        describe(at(prepared))
 
 
 def test_a_path_that_holds_none_is_refused(tmp_path):

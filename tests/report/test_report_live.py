@@ -10,6 +10,7 @@ import pytest
 
 from normlab import run
 from normlab.errors import UserError
+from normlab.report import live
 from normlab.report.live import Log, Watched
 
 ONE = {"settings": {"base": {}}, "norms": ("batch_norm",), "seeds": (0,)}
@@ -83,8 +84,8 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     log, read = Log(tmp_path / "log"), []
 
     class Counting(io.FileIO):
-        def read(self):
-            read.append(len(data := super().read()))
+        def read(self, size):
+            read.append(len(data := super().read(size)))
             return data
 
     monkeypatch.setattr(type(log.path), "open", lambda path, mode: Counting(path, mode))
@@ -96,6 +97,15 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     log.read_on()
     # The new line, and the end of the line before it.
     assert read == [8000, 9]
+
+
+def test_a_large_log_is_read_a_part_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "LARGEST_LOOK", 20)
+    log = Log(tmp_path / "log")
+    log.path.write_bytes(b"0123456\n" * 10)
+    parts = [len(lines) for _, lines in log.news()]
+    # Two lines and a half, and from then on one byte less, of the end of the line before.
+    assert parts == [2, 2, 2, 2, 2, 0]
 
 
 # One run
