@@ -16,13 +16,13 @@ from normlab.models.conv import StandardConv, linear_norm
 from normlab.norms import NORMS, join_state, split_state
 from normlab.norms.groups import BatchNormalizer
 
-DEVICES, EXAMPLES, POSITIONS, CHANNELS = 8, 32, 4, 2
+DEVICES, EXAMPLES, POSITIONS, CHANNELS = 8, 32, 6, 3
 SHARE = EXAMPLES // DEVICES
 
 FIELDS = {
     "power_norm": {"warmup_steps": 1},
     "moving_average_batch_norm": {"window": 1, "warmup_steps": 1, "correction_start_steps": 0},
-    "batch_group_norm": {"num_groups": 2},
+    "batch_group_norm": {"num_groups": 3},
     "evonorm_b0": {"activation": nn.silu},
     "batch_renorm": {"ramp_start_steps": 0, "r_ramp_end_steps": 1, "d_ramp_end_steps": 1},
     "cross_iteration_batch_norm": {"window": 3},
