@@ -57,7 +57,8 @@ def test_no_flipped_bit_of_a_manifest_is_taken_for_what_was_written(own):
     generator = random.Random(0)
     del there["digest"]
     refused = []
-    for place in range(len(written)):
+    places = range(0, len(written), 3)
+    for place in places:
         path.write_bytes(written)
         flip(path, place, generator.randrange(8))
         try:
@@ -66,7 +67,7 @@ def test_no_flipped_bit_of_a_manifest_is_taken_for_what_was_written(own):
             refused.append(str(error))
         else:
             assert manifest == there  # space between the words of JSON may become other space
-    assert len(refused) > 0.95 * len(written)
+    assert len(refused) > 0.95 * len(places)
     assert not any("\n" in message for message in refused)
 
 
