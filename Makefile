@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install install-dev install-parity demo test test-all parity slurm lint bench clean
+.PHONY: install install-dev install-parity demo test test-all devices faults parity slurm lint bench clean
 
 install: $(VENV)/installed            ## make the environment: exact pins, then normlab itself
 
@@ -34,16 +34,22 @@ demo: install                         ## compare six normalizers on digits, thre
 	  --setting='batch of 1:batch_stats.scope=ghost,batch_stats.ghost_size=1'
 
 test: install-dev                     ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow and not parity and not slurm' -n auto
+	$(BIN)/python -m pytest -m 'not slow and not parity and not slurm and not devices and not faults' -n auto
 
 test-all: install-dev                 ## all tests; NORMLAB_DATA=DIR adds those on CIFAR-10 and MNIST
 	$(BIN)/python -m pytest -n auto
+
+devices: install-dev                  ## every layout: eight virtual devices, several processes
+	$(BIN)/python -m pytest -m 'devices and not slow' -n auto
+
+faults: install-dev                   ## what happens to a run when something breaks
+	$(BIN)/python -m pytest -m 'faults and not slow' -n auto
 
 parity: install-parity                ## agreement with PyTorch, timm, Keras, flax.linen and dm-haiku
 	$(BIN)/python -m pytest -m parity tests/parity -n auto
 
 slurm: install-dev                    ## sweeps on a SLURM of one node, started here; as root
-	$(BIN)/python -m pytest -m slurm tests/launchers -n 0
+	$(BIN)/python -m pytest -m 'slurm and not slow' tests/launchers -n 0
 
 lint: install-dev                     ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,15 @@ from fault_tools import small
 from normlab.training.loop import train
 
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.faults)
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The folder of an undisturbed run of `small()`; not to be written."""

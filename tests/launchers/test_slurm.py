@@ -170,6 +170,7 @@ def test_a_run_whose_time_is_up_and_one_that_is_preempted_end_with_the_same_byte
     assert metrics(there) == metrics(here)
 
 
+@pytest.mark.slow
 def test_a_run_longer_than_its_jobs_time_takes_several_turns(tmp_path):
     """The time limit itself. SLURM gives warning up to a minute before it is asked to."""
     there, here = tmp_path / "there", tmp_path / "here"
@@ -207,6 +208,7 @@ def test_a_sweep_whose_process_is_killed_is_not_submitted_twice(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_jobs_and_a_cancelled_one_goes_on_when_asked(tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     typed = Typed(there, ("none",), LONG)
@@ -269,6 +271,7 @@ def template(folder, tasks, fields):
     return ended.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_the_template_of_a_long_run_saves_and_requeues_itself(tmp_path, tasks):
     """All processes get a signal as before the time limit; they go on together."""
