@@ -8,7 +8,6 @@ from fault_tools import small
 
 from normlab.training.loop import train
 
-
 HERE = Path(__file__).parent
 
 
