@@ -206,6 +206,8 @@ def watch(arguments: list[str], place: Place, timeout: int) -> int:
             sys.stderr.writelines(heard.last_words)
     if message and not heard.said_lost:
         print(f"normlab: {message}", file=sys.stderr, flush=True)
+    if -code in _FORWARDED:
+        return 128 - code
     return code if code >= 0 else 1
 
 

@@ -299,6 +299,15 @@ def test_each_process_decodes_the_rows_of_its_devices_alone(squares):
 
 
 @pytest.mark.slow
+def test_each_of_several_devices_gets_its_own_rows_of_what_is_streamed(squares):
+    """One process of two devices: all is decoded once, and no label is on both devices."""
+    [only] = shares("configs/digits.py", {**STREAMED, "data.path": str(squares)}, count=1)
+    assert only["decoded"] == list(range(16))
+    assert only["trained"] == [[0] * 8, [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert only["tested"][:5] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.slow
 def test_of_data_in_memory_each_process_puts_its_rows_alone_on_its_devices():
     from normlab.data import load
 
