@@ -1,6 +1,7 @@
 """One run in several processes: the same science, and nothing lost when one of them dies."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,15 @@ def test_what_a_config_can_ask_for_is_the_same_in_two_processes(tmp_path, fields
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_ends_in_all_processes_with_3(tmp_path):
+    fields = {**FIELDS, "train.num_steps": 30, "optim.base_lr": 1e30, "train.max_nonfinite": 3}
+    found = ended(start(2, tmp_path / "two", fields, source="configs/digits.py:norm=none"))
+    assert [code for code, _ in found] == [3, 3], found
+    result = json.loads((tmp_path / "two/result.json").read_text())
+    assert result["steps"] == result["diverged_step"] + 2
+
+
+@pytest.mark.slow
 def test_a_start_from_data_is_the_same_in_two_processes(tmp_path):
     fields = {**FIELDS, "train.num_steps": 4, "conv.data_dependent": True}
     source = "configs/digits.py:norm=none,conv=weight_norm"
@@ -267,6 +277,19 @@ def test_streamed_images_make_the_same_run_in_several_processes(tmp_path, square
     config = load_config("configs/digits.py", fields)
     train(config, tmp_path / "one")
     assert_same_run(tmp_path / "several", tmp_path / "one", config)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_says_why_and_the_others_that_it_has_ended(tmp_path, squares):
+    shutil.copytree(squares, tmp_path / "data")
+    (tmp_path / "data/train/dark/3.png").write_bytes(b"no image")
+    fields = {**STREAMED, "data.path": str(tmp_path / "data")}
+    found = sorted(ended(start(2, tmp_path / "run", fields)))
+    assert [code for code, _ in found] == [1, 2]
+    assert "stops: another process has ended" in found[0][1]
+    assert "train/dark/3.png' is in no format" in found[1][1]
+    assert [errors.count("\n") for _, errors in found] == [1, 1]
+    assert run.read_status(tmp_path / "run") in ("failed", "interrupted")
 
 
 def shares(source, fields, count=2):
