@@ -85,7 +85,8 @@ def test_a_process_killed_costs_the_steps_since_the_last_checkpoint(tmp_path, co
     found = ended(processes)
     assert time.monotonic() - began < 30
     for index, (code, errors) in enumerate(found):
-        [line] = errors.splitlines()
+        assert errors.count("\n") == 1, errors
+        line = errors.strip()
         who = f"normlab: process {index} of {count}"
         says = "was ended by SIGKILL" if index == dying else "stops: another process has ended"
         assert line.startswith(f"{who} {says}"), errors
