@@ -198,7 +198,9 @@ def watch(arguments: list[str], place: Place, timeout: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code == -signal.SIGABRT and heard.last_words:
+    # JAX may abort while Python says so itself: the line may stand amid JAX's own.
+    torn = any(_LOST in line for line in heard.last_words)
+    if torn or (code == -signal.SIGABRT and heard.last_words):
         message = lost(place.index, place.count, timeout)
     else:
         message = _death(-code, place) if code < 0 else ""
@@ -206,6 +208,8 @@ def watch(arguments: list[str], place: Place, timeout: int) -> int:
             sys.stderr.writelines(heard.last_words)
     if message and not heard.said_lost:
         print(f"normlab: {message}", file=sys.stderr, flush=True)
+    if -code in _FORWARDED:
+        return 128 - code
     return code if code >= 0 else 1
 
 

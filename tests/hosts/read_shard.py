@@ -39,6 +39,7 @@ def main(source, fields, coordinator, count, index):
 
 
 def own_labels(batch):
+    """Returns the labels on each of the process's devices, one after another."""
     shards = sorted(batch.labels.addressable_shards, key=lambda shard: shard.index[0].start)
     return np.concatenate([shard.data for shard in shards]).tolist()
 

@@ -4,7 +4,7 @@ import pytest
 
 from normlab.cli import main
 from normlab.errors import UserError
-from normlab.hosts import Place, find_place, first_node
+from normlab.hosts import Place, _Heard, find_place, first_node, lost
 
 SLURM = {
     "SLURM_JOB_ID": "5000",
@@ -91,3 +91,18 @@ def test_a_mistake_ends_the_command_before_anything_is_started(tmp_path, capsys)
     assert main([*command, *address, "--process-id=0", "--distributed-timeout=0"]) == 2
     assert "--distributed-timeout=0 must be 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_jax_says_of_its_abort_is_left_out_and_all_else_is_handed_on(capsys):
+    heard = _Heard()
+    dying = "E1122 00:08:11.317474   18832 coordination_service_agent.cc:289] Polled an error\n"
+    trace = "    @     0x7f32db440634  absl::log_internal::LogMessage::Flush()\n"
+    mine = "normlab: 3 steps up to 20 were not finite\n"
+    heard.listen(["a warning\n", mine, dying, trace])
+    assert capsys.readouterr().err == "a warning\n" + mine
+    assert heard.last_words == [dying, trace]
+    assert not heard.said_lost
+    line = f"normlab: {lost(1, 2)}\n"
+    heard.listen([line])
+    assert capsys.readouterr().err == line
+    assert heard.said_lost

@@ -1,6 +1,7 @@
 """One run in several processes: the same science, and nothing lost when one of them dies."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def test_a_process_killed_costs_the_steps_since_the_last_checkpoint(tmp_path, co
     found = ended(processes)
     assert time.monotonic() - began < 30
     for index, (code, errors) in enumerate(found):
-        [line] = errors.splitlines()
+        assert errors.count("\n") == 1, errors
+        line = errors.strip()
         who = f"normlab: process {index} of {count}"
         says = "was ended by SIGKILL" if index == dying else "stops: another process has ended"
         assert line.startswith(f"{who} {says}"), errors
@@ -205,6 +207,15 @@ def test_what_a_config_can_ask_for_is_the_same_in_two_processes(tmp_path, fields
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_ends_in_all_processes_with_3(tmp_path):
+    fields = {**FIELDS, "train.num_steps": 30, "optim.base_lr": 1e30, "train.max_nonfinite": 3}
+    found = ended(start(2, tmp_path / "two", fields, source="configs/digits.py:norm=none"))
+    assert [code for code, _ in found] == [3, 3], found
+    result = json.loads((tmp_path / "two/result.json").read_text())
+    assert result["steps"] == result["diverged_step"] + 2
+
+
+@pytest.mark.slow
 def test_a_start_from_data_is_the_same_in_two_processes(tmp_path):
     fields = {**FIELDS, "train.num_steps": 4, "conv.data_dependent": True}
     source = "configs/digits.py:norm=none,conv=weight_norm"
@@ -269,6 +280,19 @@ def test_streamed_images_make_the_same_run_in_several_processes(tmp_path, square
     assert_same_run(tmp_path / "several", tmp_path / "one", config)
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_alone_says_why_and_the_others_that_it_has_ended(tmp_path, squares):
+    shutil.copytree(squares, tmp_path / "data")
+    (tmp_path / "data/train/dark/3.png").write_bytes(b"no image")
+    fields = {**STREAMED, "data.path": str(tmp_path / "data")}
+    found = sorted(ended(start(2, tmp_path / "run", fields)))
+    assert [code for code, _ in found] == [1, 2]
+    assert "stops: another process has ended" in found[0][1]
+    assert "train/dark/3.png' is in no format" in found[1][1]
+    assert [errors.count("\n") for _, errors in found] == [1, 1]
+    assert run.read_status(tmp_path / "run") in ("failed", "interrupted")
+
+
 def shares(source, fields, count=2):
     """Returns what each of `count` processes of two devices reads (read_shard.py)."""
     program = [sys.executable, str(Path(__file__).with_name("read_shard.py")), source]
@@ -296,6 +320,15 @@ def test_each_process_decodes_the_rows_of_its_devices_alone(squares):
     # Ten dark ones (0), then the light ones; of the test images three and three.
     assert [first["trained"], second["trained"]] == [[[0] * 4, [0, 0, 1, 1]], [[0] * 4, [1] * 4]]
     assert [first["tested"][:4], second["tested"][:1]] == [[0, 0, 0, 1], [1]]
+
+
+@pytest.mark.slow
+def test_each_of_several_devices_gets_its_own_rows_of_what_is_streamed(squares):
+    """One process of two devices: all is decoded once, and no label is on both devices."""
+    [only] = shares("configs/digits.py", {**STREAMED, "data.path": str(squares)}, count=1)
+    assert only["decoded"] == list(range(16))
+    assert only["trained"] == [[0] * 8, [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert only["tested"][:5] == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.slow
