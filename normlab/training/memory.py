@@ -34,14 +34,17 @@ LEFT_OUT = (
 def estimate(parts: Parts) -> dict[str, int]:
     """Returns {what: bytes} that a step of training holds on one device; "peak" is their sum.
 
-    State and data set lie whole on every device, the batch and its activations in shares. The
-    state is donated to the step, so it counts once.
+    State and data set lie whole on every device, the batch and the activations of a microbatch in
+    shares. The state is donated to the step, so it counts once. Of a rematerialized block the input
+    counts alone, and what is computed again of one block at a time is left out.
     """
     state = abstract_state(parts)
     size, info = parts.length.batch_size, parts.info
     images = jax.ShapeDtypeStruct((size, *info.image_shape), jnp.float32)
     labels, key = jax.ShapeDtypeStruct((size,), jnp.int32), jax.eval_shape(jax.random.key, 0)
-    batch = images, labels, key
+    rows = parallel.make_layout(parts.config).rows
+    part = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in (images, labels)]
+    batch = (*part, key)
     loss = make_loss(parts.model, parts.config.train.label_smoothing)
     activations = residual_bytes(loss, state.params, state.batch_stats, batch)
     devices = parallel.num_devices(parts.config)

@@ -54,6 +54,17 @@ def test_activations_grow_with_the_batch_and_nothing_else_does():
     assert {name: one[name] for name in same} == {name: two[name] for name in same}
 
 
+def test_microbatches_and_rematerialization_keep_less():
+    """Of a quarter of the batch a quarter; of a block its input alone."""
+    config = "configs/digits.py:model=resnet20,norm=layer_norm"
+    plain, parts, inputs = (
+        estimate(build_parts(load_config(config, changes)))["activations"]
+        for changes in ({}, {"train.microbatches": 4}, {"train.remat": True})
+    )
+    assert parts == pytest.approx(plain / 4, rel=0.01)
+    assert inputs < 0.3 * plain
+
+
 def test_half_the_precision_takes_less():
     whole, half = (
         estimate(parts_of("configs/cifar10.py:model=resnet20", **fields))
