@@ -26,7 +26,10 @@ TRIVIAL = [
     "--config.eval.every_steps=20",
     "--config.checkpoint.every_steps=15",
 ]
-CLOCK = ("seconds", "compile_seconds", "step_seconds", "examples_per_second")
+CLOCK = (
+    *("seconds", "compile_seconds", "step_seconds", "examples_per_second"),
+    "peak_memory_bytes",
+)
 
 
 def sweep(folder: Path, seeds: int) -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from normlab.data import describe
-from normlab.errors import unknown
+from normlab.errors import UserError, unknown
 from normlab.models.activations import ACTIVATIONS
 from normlab.models.cnn import CNN
 from normlab.models.conv import StandardConv
@@ -154,7 +154,7 @@ CONVS: dict[str, type[StandardConv]] = {
 }
 """Kinds of convolution and dense layer by config name."""
 
-INJECTED = ("num_classes", "norm", "conv")
+INJECTED = ("num_classes", "norm", "conv", "remat")
 """Fields of models that `build` fills in; they are never part of `config.model`."""
 
 
@@ -180,6 +180,12 @@ def build(
     length = run_length or RunLength.of(config)
     overrides = parse_overrides(config.norm_overrides)
     conv = dict(config.conv)
+    if config.train.remat:
+        if not hasattr(MODELS[kind], "remat"):
+            raise UserError(
+                f"config field 'train.remat' = true: model {kind!r} has no residual blocks"
+            )
+        fields["remat"] = True
     return MODELS[kind](
         num_classes=describe(config.data).num_classes,
         norm=make_norm(

@@ -33,6 +33,7 @@ from jax.typing import DTypeLike
 
 from normlab.models.activations import relu
 from normlab.models.conv import StandardConv, he_normal, linear_norm
+from normlab.models.remat import call_block
 from normlab.models.resnet_cifar import pad_channels
 from normlab.models.signals import sow_signals
 from normlab.norms import NormFactory
@@ -117,6 +118,7 @@ class FixupResNet20(nn.Module):
     width: int = 16  # channels of the first stage; doubled at each further one
     activation: Callable[[Array], Array] = relu  # of all blocks
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
+    remat: bool = False  # keep the inputs of blocks alone, in training
 
     default_choices: ClassVar[dict[str, str]] = {"norm": "none"}
     bottleneck: ClassVar[bool] = False
@@ -134,7 +136,7 @@ class FixupResNet20(nn.Module):
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.stage_sizes):
             for block in range(blocks):
-                x = FixupBlock(
+                residual = FixupBlock(
                     layers=self._layers(stage, 2 if stage > 0 and block == 0 else 1),
                     num_blocks=sum(self.stage_sizes),
                     project=self.bottleneck,
@@ -143,7 +145,8 @@ class FixupResNet20(nn.Module):
                     activation=self.activation,
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train, mask=mask)
+                )
+                x = call_block(residual, x, train=train, mask=mask, remat=self.remat)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         bias2 = self.param("bias2", zeros, ())
         return self.conv.head(self.num_classes, kernel_init=zeros, name="head")(x + bias2)

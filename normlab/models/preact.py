@@ -36,6 +36,7 @@ from normlab.errors import UserError, unknown
 from normlab.models.activations import relu, scaled
 from normlab.models.conv import StandardConv, linear_norm
 from normlab.models.drop import drop_branch, dropout
+from normlab.models.remat import call_block
 from normlab.models.signals import sow_signals
 from normlab.norms import NormFactory
 
@@ -119,7 +120,7 @@ class PreActBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
         """x [N, H, W, C] -> [N, H / strides, W / strides, features of the last layer]."""
-        style = self.style
+        style, axis_name = self.style, self.style.norm.axis_name
         call: dict[str, Any] = {"train": train, "mask": mask}
         activated = self._first_activation(x, **call)
         y = activated
@@ -134,11 +135,12 @@ class PreActBlock(nn.Module):
             else:
                 y = linear_norm(conv, act, y, **call)
             if left == 1:
-                y = dropout(self, y, style.branch_dropout, train=train)
+                y = dropout(self, y, style.branch_dropout, train=train, axis_name=axis_name)
         if style.squeeze_excite and not style.excite_before_last:
             y = self._gated(y)
         branch = y
-        y = drop_branch(self, y, self.drop_rate, rescale=style.rescale_branches, train=train)
+        rescale = style.rescale_branches
+        y = drop_branch(self, y, self.drop_rate, rescale=rescale, train=train, axis_name=axis_name)
         if style.skip_gain is not None:
             start = nn.initializers.constant(style.skip_gain)
             y = y * self.param("skip_gain", start, ()).astype(y.dtype)
@@ -193,6 +195,7 @@ class PreActNet(nn.Module):
     head_deviation: float = 0.01  # standard deviation of the head's initial weights
     activation: Callable[[Array], Array] = relu  # of all blocks
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
+    remat: bool = False  # keep the inputs of blocks alone, in training
 
     excite_before_last: ClassVar[bool] = False
     """True if the gates stand before the last activation of a branch, not at its end."""
@@ -207,13 +210,14 @@ class PreActNet(nn.Module):
         index, total = 0, sum(map(len, stages))
         for stage, deviations in enumerate(stages):
             for block, deviation in enumerate(deviations):
-                x = PreActBlock(
+                residual = PreActBlock(
                     layers=self.branch(x.shape[-1], stage, block),
                     deviation=deviation,
                     drop_rate=self.stochastic_depth * index / total,
                     style=style,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, **call)
+                )
+                x = call_block(residual, x, **call, remat=self.remat)
                 index += 1
         act = self.norm.norm_act(name="norm_last", activation=style.activation)
         final = self.final_features(x.shape[-1])
@@ -222,7 +226,7 @@ class PreActNet(nn.Module):
         else:
             x = act(x, **call)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = dropout(self, x, self.dropout, train=train)
+        x = dropout(self, x, self.dropout, train=train, axis_name=self.norm.axis_name)
         kernel_init = nn.initializers.normal(self.head_deviation)
         return self.conv.head(self.num_classes, kernel_init=kernel_init, name="head")(x)
 

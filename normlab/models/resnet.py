@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from normlab.models.activations import relu
 from normlab.models.conv import StandardConv, linear_norm
+from normlab.models.remat import call_block
 from normlab.models.resnet_cifar import BasicBlock
 from normlab.models.signals import sow_signals
 from normlab.norms import NormAct, Normalizer, NormFactory
@@ -72,6 +73,7 @@ class ResNet18(nn.Module):
     zero_init_scale: bool = True  # start the last norm of each block with scale zero
     activation: Callable[[Array], Array] = relu  # of all blocks
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
+    remat: bool = False  # keep the inputs of blocks alone, in training
 
     bottleneck: ClassVar[bool] = False
 
@@ -94,7 +96,8 @@ class ResNet18(nn.Module):
                 features = self.width * 2**stage
                 strides = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
-                x = self._block(features, strides, name)(x, train=train, mask=mask)
+                residual = self._block(features, strides, name)
+                x = call_block(residual, x, train=train, mask=mask, remat=self.remat)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.conv.head(self.num_classes, name="head")(x)
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from normlab.errors import UserError
 from normlab.models.activations import relu
 from normlab.models.conv import StandardConv, linear_norm
+from normlab.models.remat import call_block
 from normlab.models.signals import sow_signals
 from normlab.norms import NormAct, Normalizer, NormFactory
 
@@ -80,6 +81,7 @@ class ResNet20(nn.Module):
     zero_init_scale: bool = False  # start the last norm of each block with scale zero
     activation: Callable[[Array], Array] = relu  # of all blocks
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
+    remat: bool = False  # keep the inputs of blocks alone, in training
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
@@ -93,7 +95,7 @@ class ResNet20(nn.Module):
         x = linear_norm(stem, act, x.astype(self.dtype), train=train, mask=mask)
         for stage, blocks in enumerate(self.stage_sizes):
             for block in range(blocks):
-                x = BasicBlock(
+                residual = BasicBlock(
                     features=self.width * 2**stage,
                     strides=2 if stage > 0 and block == 0 else 1,
                     norm=self.norm,
@@ -103,7 +105,8 @@ class ResNet20(nn.Module):
                     zero_init_scale=self.zero_init_scale,
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train, mask=mask)
+                )
+                x = call_block(residual, x, train=train, mask=mask, remat=self.remat)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return self.conv.head(self.num_classes, name="head")(x)
 

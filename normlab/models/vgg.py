@@ -76,7 +76,8 @@ class VGG11(nn.Module):
             layer = self.conv.dense(
                 self.hidden_width, dtype=self.dtype, kernel_init=he_normal, name=name
             )
-            x = dropout(self, self.activation(layer(x)), self.dropout, train=train)
+            x, axis_name = self.activation(layer(x)), self.norm.axis_name
+            x = dropout(self, x, self.dropout, train=train, axis_name=axis_name)
         return self.conv.head(self.num_classes, name="head")(x.astype(jnp.float32))
 
 

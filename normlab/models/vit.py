@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from normlab.errors import UserError, unknown
 from normlab.models.conv import StandardConv
+from normlab.models.remat import call_block
 from normlab.models.signals import sow_signals
 from normlab.norms import NormFactory
 
@@ -102,6 +103,7 @@ class ViTTiny(nn.Module):
     position_embedding: bool = True  # learn a vector a position; else tokens have no order
     activation: Callable[[Array], Array] = nn.gelu  # of the MLPs
     dtype: DTypeLike = "float32"  # of computation; parameters and logits are float32
+    remat: bool = False  # keep the inputs of blocks alone, in training
 
     norm_defaults: ClassVar[FrozenDict[str, Any]] = FrozenDict(axes="channel")
     """Over `all` a token would be normalized by the values of the others."""
@@ -138,7 +140,7 @@ class ViTTiny(nn.Module):
                 dtype=self.dtype,
                 name=f"block{i}",
             )
-            x = block(x, train=train, mask=mask)
+            x = call_block(block, x, train=train, mask=mask, remat=self.remat)
         if self.norm_position == "pre":
             x = self.norm(name="norm_final")(x, train=train, mask=mask)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -33,6 +33,7 @@ class NormFactory:
     cls: type[Normalizer]
     fields: FrozenDict[str, Any]  # hashable, as the fields of a Flax module are
     overrides: tuple[tuple[str, "NormFactory"], ...] = ()  # (pattern of paths, what stands there)
+    axis_name: str | None = None  # devices that have each a share of the batch, under pmap
 
     def __call__(
         self, *, name: str, scale_init: Initializer | None = None, use_bias: bool = True
@@ -173,7 +174,7 @@ def make_factory(
             settled |= _scope_fields(config, num_devices, axis_name)
         elif "axis_name" in names:
             settled |= {"axis_name": axis_name}
-        return NormFactory(cls, FrozenDict(fields | settled))
+        return NormFactory(cls, FrozenDict(fields | settled), axis_name=axis_name)
 
     others = tuple((pattern, factory(other, present(other))) for pattern, other in overrides)
     return dataclasses.replace(factory(cls, fields), overrides=others)

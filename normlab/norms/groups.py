@@ -185,6 +185,17 @@ class GroupedBatch:
             axis_index_groups=self.grouping.index_groups,
         )
 
+    def mean_over_groups(self, per_group: Array) -> Array:
+        """Returns the mean [] of what groups [G, 1, ..., 1, C] have, on all devices.
+
+        Groups of nothing do not count.
+        """
+        if self.mask is None and self.grouping.axis_name is None:
+            return jnp.mean(per_group)
+        axis_name, there = self.grouping.axis_name, jnp.broadcast_to(self.present, per_group.shape)
+        total = summed_over_devices(axis_name, jnp.sum(jnp.where(there, per_group, 0)))
+        return total / jnp.maximum(summed_over_devices(axis_name, jnp.sum(there)), 1)
+
     def whole(self) -> Moments:
         """Returns the moments [C] of the whole batch, over all groups and devices."""
         total = pool_moments(self.local, (0, *self.axes))

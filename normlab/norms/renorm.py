@@ -93,8 +93,9 @@ class BatchRenorm(BatchNormalizer):
         wanted_r, wanted_d = group_sigma / sigma.value, (group_mean - mean.value) / sigma.value
         r, d = jnp.clip(wanted_r, 1 / r_max, r_max), jnp.clip(wanted_d, -d_max, d_max)
         r, d = jax.lax.stop_gradient((r, d))
-        clipped = jnp.mean(jnp.stack([r != wanted_r, d != wanted_d]))
-        measure(self, r=jnp.mean(r), d=jnp.mean(jnp.abs(d)), clipped=clipped)
+        clipped = (r != wanted_r).astype(r.dtype) / 2 + (d != wanted_d).astype(d.dtype) / 2
+        measures = {"r": r, "d": jnp.abs(d), "clipped": clipped}
+        measure(self, **{name: batch.mean_over_groups(x) for name, x in measures.items()})
         offset = affine(d, scale, bias)
         y = normalize(batch.values, group_mean, r / group_sigma, scale, offset, batch.shift)
 

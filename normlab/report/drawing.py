@@ -21,6 +21,8 @@ _RESULT_ORDER = (
     "seconds",
     "examples_per_second",
     "num_params",
+    "peak_memory_bytes",
+    "step_memory_bytes",
 )
 
 

@@ -22,6 +22,7 @@ from normlab.data import dropout_key, order_hash, train_indices, training_batch
 from normlab.training import checkpoint, parallel, processes
 from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
+from normlab.training.memory import HighWaterMark
 from normlab.training.probe import layer_metrics, unit_percentiles
 from normlab.training.record import check_fingerprint, describe_run, note_groups
 from normlab.training.setup import Parts, build_parts, id_of, run_identity, shared_config
@@ -130,7 +131,8 @@ class _Run:
         self.parts, self.folder, self.progress = parts, folder, progress
         self.mesh, self.data = mesh, data
         self.clock, self.last_sign = began, time.perf_counter()
-        self.compiler = parallel.Compiler()
+        self.compiler = parallel.Compiler(parallel.in_order(config))
+        self.memory = HighWaterMark()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
         self.take_steps = parallel.take_steps(
             train_step_of(parts),
@@ -379,6 +381,8 @@ class _Run:
             "step_seconds": steps_seconds,
             "examples_per_second": self.parts.length.batch_size / steps_seconds,
             "num_params": self.num_params,
+            "peak_memory_bytes": self.memory.bytes(),
+            "step_memory_bytes": self.compiler.planned_bytes("train"),
         }
         message = ""
         if diverged:

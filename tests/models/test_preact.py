@@ -144,12 +144,12 @@ class Drop(PreActResNet20):
     rescale: bool = False
 
     def __call__(self, x):
-        return drop_branch(self, x, self.rate, rescale=self.rescale, train=True)
+        return drop_branch(self, x, self.rate, rescale=self.rescale, train=True, axis_name=None)
 
 
 class DropValues(Drop):
     def __call__(self, x):
-        return dropout(self, x, self.rate, train=True)
+        return dropout(self, x, self.rate, train=True, axis_name=None)
 
 
 def test_dropout_is_by_value_and_keeps_the_mean():

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from normlab.config import load_config
 from normlab.training import checkpoint, parallel
@@ -33,3 +34,15 @@ def final_parameters(folder, config):
     state = create_state(build_parts(config), parallel.Compiler())
     step, state, _ = checkpoint.latest(folder / "checkpoints", state, {})
     return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def assert_same_lines(found, expected, tolerance=1e-5):
+    """The same events, and the same numbers in them up to rounding."""
+    assert len(found) == len(expected)
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        assert line["split"] == other["split"]
+        numbers = {name: value for name, value in other.items() if name != "split"}
+        assert {name: line[name] for name in numbers} == pytest.approx(
+            numbers, abs=tolerance, rel=tolerance
+        )
