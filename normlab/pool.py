@@ -67,6 +67,8 @@ def run_plan(
             tasks.put(group)
         for worker in workers[way.workers :]:
             worker.close()
+        for worker in workers:
+            worker.by_device = way.name == "devices"
         work = [partial(_work, x, tasks, folder, states, tracker) for x in workers[: way.workers]]
         _all_of(work, workers)
 
@@ -290,6 +292,7 @@ class _Worker:
         self._threads = threads
         self._process: subprocess.Popen[str] | None = None
         self.stopped = False
+        self.by_device = False  # train each run on a device of its own
 
     def run(
         self,
@@ -299,7 +302,7 @@ class _Worker:
     ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
         """Yields (run, {"state", "message"}) of each run; with "crashed" if the process died.
 
-        Several runs are trained at a time, a device each.
+        Several runs are trained at a time.
         """
         left = dict(enumerate(group))
         if self.stopped:
@@ -308,7 +311,7 @@ class _Worker:
             runs = [
                 {**_described(planned), "workdir": str(folder / planned.id)} for planned in group
             ]
-            for reply in self._replies({"runs": runs}):
+            for reply in self._replies({"runs": runs, "by_device": self.by_device}):
                 if "state" in reply:
                     yield left.pop(reply["run"]), reply
                 else:

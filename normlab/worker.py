@@ -1,11 +1,11 @@
 """A worker process of a sweep: reads a task a line from stdin, writes replies to stdout.
 
-    {"runs": [{"source": ..., "overrides": {...}, "workdir": ...}]}
+    {"runs": [{"source": ..., "overrides": {...}, "workdir": ...}], "by_device": false}
         ->  {"run": 0, "progress": 0.4} ... {"run": 0, "state": "done", "message": ...}
     {"measure": [{"source": ..., "overrides": {...}}], "seconds": 1.0, "steps": null}
         ->  {"state": "measured", "devices": 1, "steps": 50, "step_seconds": 0.02}
 
-Several runs of one task are trained at a time, each on a device of its own.
+Several runs of one task are trained at a time, `by_device`: each on a device of its own.
 
 A closed stdin means that the parent is gone: the run is saved and the process leaves.
 """
@@ -47,7 +47,7 @@ def _serve(task: Mapping[str, Any], replies: IO[str]) -> None:
 
         send(number, run_task(task["runs"][number], on_progress, seat))
 
-    if len(task["runs"]) == 1:
+    if not task["by_device"]:
         one(0)
         return
     from normlab.training.replicas import run_together

@@ -234,6 +234,9 @@ class _Run:
         compiling = self._compile_seconds() - compiled_before
         self.train_seconds += time.perf_counter() - start - compiling
 
+    def _step_compiler(self) -> parallel.Compiler:
+        return self.compiler if self.seat is None else self.seat.compiler
+
     def _compile_seconds(self) -> float:
         """Returns the time that this run has spent, or waited, for compilation."""
         return self.compiler.seconds + (self.seat.compiler.seconds if self.seat else 0.0)
@@ -379,7 +382,7 @@ class _Run:
             else None,
             "num_params": self.num_params,
             "peak_memory_bytes": self.memory.bytes(),
-            "step_memory_bytes": self.compiler.planned_bytes("train"),
+            "step_memory_bytes": self._step_compiler().planned_bytes("train"),
         }
         message = ""
         if diverged:
