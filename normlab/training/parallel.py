@@ -14,8 +14,6 @@ On CPU a convolution inside `lax.scan` runs 19 to 30 times slower (XLA leaves it
 there), so there each step is a dispatch of its own; accelerators scan over a chunk of steps.
 """
 
-import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from normlab.errors import UserError, unknown
+from normlab.training.layout import Layout, split_batch
 
 State = TypeVar("State", bound=Any)
 
@@ -85,68 +84,9 @@ def axis_name(config: ConfigDict) -> str | None:
     return AXIS if config.parallel.mode == "pmap" else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the rows of a batch lie: in microbatches, each spread evenly over the devices."""
-
-    microbatches: int
-    examples: int  # of a microbatch
-    rows: int  # of a microbatch, those of padding included
-    replicas: int | None  # devices under pmap, whose axis stands before a replica's rows
-
-    @property
-    def padded(self) -> bool:
-        """True if some rows are padding and so masked."""
-        return self.rows > self.examples
-
-
 def make_layout(config: ConfigDict) -> Layout:
-    """Returns how the config's batch lies on the devices.
-
-    A padded microbatch is a multiple of the ghost size, too: what is padding fills groups of its
-    own, or the last one. Raises UserError, with the arithmetic, for a batch that cannot be split.
-    """
-    size, parts, count = config.train.batch_size, config.train.microbatches, num_devices(config)
-    replicas = None if axis_name(config) is None else count
-    if parts < 1 or size % parts:
-        legal = [n for n in range(1, size + 1) if size % n == 0]
-        nearest = min(legal, key=lambda n: abs(n - parts))
-        raise UserError(
-            f"config field 'train.microbatches' = {parts} does not divide the batch of {size}; "
-            f"nearest: {nearest}"
-        )
-    examples = size // parts
-    scope = config.batch_stats
-    ghost = scope.ghost_size if scope.scope == "ghost" and scope.ghost_size else 1
-    if config.parallel.pad_batch:
-        multiple = math.lcm(count, ghost)
-        rows = -(-examples // multiple) * multiple
-        return Layout(parts, examples, rows, replicas)
-    if examples % count:
-        whole = parts * count
-        below = size - size % whole
-        choices = " or ".join(str(n) for n in (below, below + whole) if n)
-        over = f"{parts} microbatches on {count}" if parts > 1 else f"{count}"
-        raise UserError(
-            f"config field 'train.batch_size' = {size} does not split over {over} devices "
-            f"({size} / {whole} = {size / whole:g}); nearest: {choices}, "
-            "or parallel.pad_batch=true"
-        )
-    return Layout(parts, examples, examples, replicas)
-
-
-def check_replicas(layout: Layout, ghost_size: int) -> None:
-    """Raises ValueError if groups of `ghost_size` are no whole number of a replica's rows.
-
-    Nor a replica's rows a whole number of groups.
-    """
-    assert layout.replicas is not None
-    rows = layout.rows // layout.replicas
-    span = ghost_size // rows
-    if rows % ghost_size and (ghost_size % rows or layout.replicas % span):
-        raise ValueError(
-            f"groups of {ghost_size} examples do not fit {layout.replicas} devices of {rows}"
-        )
+    """Returns how the config's batch lies on its devices; raises as `layout.split_batch` does."""
+    return split_batch(config, num_devices(config), axis_name(config) is not None)
 
 
 def lay_out(batch: Any, layout: Layout, mesh: Mesh) -> Any:
@@ -179,36 +119,6 @@ def lay_out(batch: Any, layout: Layout, mesh: Mesh) -> Any:
         )
 
     return jax.tree.map(spread, batch)
-
-
-def over_parts(function: Callable[[Any], Any], parts: Any, count: int, add: Any) -> Any:
-    """Returns `add(... add(add(zero, function(part)), ...)` over `count` parts, one after another.
-
-    Arrays of `parts` are [count, ...], but for scalars (random keys), of which each part gets its
-    own. The zero has 0, and True for booleans. A part starts when the one before it has ended, so
-    that one part's memory is all there is.
-    """
-
-    def part(index: Any) -> Any:
-        def of(array: Array) -> Array:
-            if array.ndim:
-                return array[index]
-            return jax.random.fold_in(array, index)
-
-        return jax.tree.map(of, parts)
-
-    shapes = jax.eval_shape(lambda: function(part(0)))
-    zero = jax.tree.map(
-        lambda s: jnp.ones(s.shape, s.dtype) if s.dtype == bool else jnp.zeros(s.shape, s.dtype),
-        shapes,
-    )
-    if jax.default_backend() != "cpu":  # where a loop is no slower than its steps
-        return jax.lax.fori_loop(0, count, lambda i, total: add(total, function(part(i))), zero)
-    total = zero
-    for index in range(count):
-        total, here = jax.lax.optimization_barrier((total, part(index)))
-        total = add(total, function(here))
-    return total
 
 
 def steps_per_dispatch(config: ConfigDict, resident: bool = True) -> int:

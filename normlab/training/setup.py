@@ -29,6 +29,7 @@ from normlab.norms import NORMS, NormFactory
 from normlab.optim.schedules import Schedule
 from normlab.run_length import RunLength
 from normlab.training import parallel
+from normlab.training.layout import Layout
 from normlab.training.probe import check_probe
 
 
@@ -120,7 +121,7 @@ def _check_eval_size(parts: Parts) -> None:
         ) from error
 
 
-def _check_layout(config: ConfigDict, layout: parallel.Layout, norm: NormFactory) -> None:
+def _check_layout(config: ConfigDict, layout: Layout, norm: NormFactory) -> None:
     """Raises UserError where the batch's layout would change its statistics."""
     if not norm.stateful:
         return
@@ -146,7 +147,7 @@ def _check_layout(config: ConfigDict, layout: parallel.Layout, norm: NormFactory
             )
     if scope.scope == "ghost" and layout.replicas is not None:
         try:
-            parallel.check_replicas(layout, scope.ghost_size)
+            layout.check_ghosts(scope.ghost_size)
         except ValueError as error:
             raise UserError(f"config field 'parallel.mode' = 'pmap': {error}; use jit") from error
 

@@ -16,7 +16,7 @@ from normlab.norms import join_state, split_state
 from normlab.optim import ascended, clipped_fractions
 from normlab.optim.schedules import Schedule
 from normlab.training import parallel
-from normlab.training.parallel import over_parts
+from normlab.training.layout import Layout, over_parts
 from normlab.training.setup import Parts
 from normlab.training.state import CULPRITS, Health, Totals, TrainState
 
@@ -176,7 +176,7 @@ def make_train_step(
 
 def how_to_step(
     parts: Parts, mesh: Mesh
-) -> tuple[Callable[[TrainState, Batch], TrainState], parallel.MakeBatch, parallel.Layout, Mesh]:
+) -> tuple[Callable[[TrainState, Batch], TrainState], parallel.MakeBatch, Layout, Mesh]:
     """Returns (train_step, make_batch, layout, mesh): what `parallel.take_steps` needs of a run."""
     config = parts.config
 

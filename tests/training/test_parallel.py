@@ -15,6 +15,7 @@ from normlab.config import load_config
 from normlab.errors import UserError
 from normlab.norms import NORMS
 from normlab.training import parallel
+from normlab.training.layout import Layout, over_parts
 from normlab.training.loop import train
 from normlab.training.setup import build_parts, id_of
 from normlab.training.state import create_state
@@ -61,7 +62,7 @@ def test_runs_are_the_same_on_any_layout():
 
 def test_rows_lie_in_microbatches_each_padded_on_its_own():
     """6 examples in 2 microbatches of 3, padded to 4."""
-    layout = parallel.Layout(microbatches=2, examples=3, rows=4, replicas=None)
+    layout = Layout(microbatches=2, examples=3, rows=4, replicas=None)
     batch = Batch(jnp.arange(6.0)[:, None] + 1, jnp.arange(6), jax.random.key(0))
     laid = jax.jit(lambda b: parallel.lay_out(b, layout, parallel.make_mesh()))(batch)
     np.testing.assert_array_equal(laid.images[..., 0], [[1, 2, 3, 0], [4, 5, 6, 0]])
@@ -85,12 +86,12 @@ def test_padding_fills_whole_ghost_groups():
         batch_stats__scope="ghost",
         batch_stats__ghost_size=5,
     )
-    assert parallel.make_layout(config) == parallel.Layout(2, 10, 10, None)
+    assert parallel.make_layout(config) == Layout(2, 10, 10, None)
 
 
 def test_parts_are_summed_one_by_one():
     parts = jnp.arange(6.0).reshape(3, 2)
-    total = parallel.over_parts(
+    total = over_parts(
         lambda part: {"sum": part.sum(), "positive": (part > -1).all()},
         parts,
         3,
@@ -102,7 +103,7 @@ def test_parts_are_summed_one_by_one():
 
 def test_each_part_draws_for_itself():
     """A random key is no array of examples: each part gets one of its own."""
-    drawn = parallel.over_parts(
+    drawn = over_parts(
         lambda part: jax.random.uniform(part[1], (1,)),
         (jnp.zeros((2, 1)), jax.random.key(0)),
         2,
