@@ -43,6 +43,10 @@ _NOT_IDENTITY = (
 """Sections and fields that change no result, only how it is computed and what is written beside."""
 
 
+_DROPS = ("dropout", "block_dropout", "stochastic_depth")
+"""Fields of models that make them draw at random in training."""
+
+
 # Building configs (used by configs/*.py) ---------------------------------------------------------
 
 
@@ -400,6 +404,9 @@ def identity(config: ConfigDict, *, stateful: bool, num_devices: int = 1) -> dic
             data.get(section, {}).pop(key, None)
         else:
             data.pop(section, None)
+    model, parts = data["model"], config.train.microbatches
+    if parts > 1 and any(model.get(name) for name in _DROPS):
+        data["train"]["microbatches"] = parts  # each draws for itself
     scope = data["batch_stats"]
     if not stateful:
         scope.update(scope="global", ghost_size=None)

@@ -91,6 +91,13 @@ def has_accelerator() -> bool:
     return gpu or importlib.util.find_spec("libtpu") is not None
 
 
+def may_have_devices() -> bool:
+    """Returns whether JAX may find more than one device, without asking it to start."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    virtual = "device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
+    return virtual or has_accelerator()
+
+
 def reexecute(
     arguments: list[str],
     share_devices: bool = False,

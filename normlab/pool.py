@@ -1,7 +1,7 @@
 """Many runs, done: skip what is finished, spread the rest over worker processes.
 
 The same plan skips done runs, resumes cut-off ones, retries failed ones and adds new ones. Workers
-are processes (`normlab.worker`), so a crash takes down one run and nothing else.
+are processes (`normlab.worker`), so a crash takes down its process's runs and nothing else.
 """
 
 import contextlib
@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from normlab import run
-from normlab.environment import entry_environment, has_accelerator, thread_environment
+from normlab.environment import (
+    entry_environment,
+    has_accelerator,
+    is_deterministic,
+    may_have_devices,
+    thread_environment,
+)
 from normlab.errors import UserError
 from normlab.sweep import Plan, PlannedRun
 from normlab.ways import SECONDS, Way, choose, groups
@@ -73,19 +79,29 @@ def run_plan(
         _all_of(work, workers)
 
     if pending:
-        before = {
-            number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        received: list[int] = []
+
+        def note_signal(number: int, _frame: Any) -> None:
+            # Raised here, it would come out of `Thread.join`, which then takes the thread for dead.
+            received.append(number)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, note_signal) for number in numbers}
         try:
-            _all_of([lead], workers)
+            _all_of([lead], workers, received)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return {run_id: state or "planned" for run_id, state in states.items()}
 
 
-def _all_of(works: Sequence[Callable[[], None]], workers: Sequence["_Worker"]) -> None:
-    """Does each work in a thread; if one fails, or a signal comes, stops the workers and raises."""
+def _all_of(
+    works: Sequence[Callable[[], None]], workers: Sequence["_Worker"], received: Sequence[int] = ()
+) -> None:
+    """Does each work in a thread; if one fails, or a signal was received, stops the workers.
+
+    Waits then until they have saved their runs, and raises what failed, or Stopped.
+    """
     faults: list[BaseException] = []
 
     def do(work: Callable[[], None]) -> None:
@@ -101,8 +117,10 @@ def _all_of(works: Sequence[Callable[[], None]], workers: Sequence["_Worker"]) -
         for hand in hands:
             while hand.is_alive():
                 hand.join(timeout=0.2)
-                if faults:
+                if faults or received:
                     break
+        if received:
+            raise Stopped(received[0])
         if faults:
             raise faults[0]
     except BaseException:
@@ -120,26 +138,25 @@ def _way(
     seeds: str, pending: list[PlannedRun], workers: list["_Worker"], tracker: "Tracker"
 ) -> Way:
     """Returns the way that `seeds` asks for; measures and says it if that is `auto`."""
+
+    def measure(worker: int, runs: Sequence[PlannedRun], steps: int | None) -> dict[str, Any]:
+        return workers[worker].measure(runs, steps)
+
     if seeds == "loop":
         return Way("loop", 1)
     if seeds == "processes" or (seeds == "auto" and len(pending) == 1):
         return Way("processes", len(workers))
     if seeds == "devices":
-        devices = int(workers[0].measure(pending[:1], 1).get("devices", 1))
-        return Way("devices", 1, devices)
-    if len(workers) == 1 and not has_accelerator() and "device_count" not in _xla_flags():
+        found = measure(0, pending[:1], 1)
+        if found.get("devices", 1) == 1:
+            why = found.get("message", "there is one device")
+            tracker.say("seeds at a time", f"one after another: {why}")
+        return Way("devices", 1, found.get("devices", 1))
+    if len(workers) == 1 and not may_have_devices():
         return Way("loop", 1)  # there is no other
-
-    def measure(worker: int, runs: Sequence[PlannedRun], steps: int | None) -> dict[str, Any]:
-        return workers[worker].measure(runs, steps)
-
-    way, why = choose(pending, len(workers), measure)
+    way, why = choose(pending, len(workers), measure, by_device=not is_deterministic())
     tracker.say("seeds at a time", why)
     return way
-
-
-def _xla_flags() -> str:
-    return os.environ.get("XLA_FLAGS", "")
 
 
 def unsettled(plan: Plan, folder: Path) -> tuple[dict[str, str | None], list[PlannedRun]]:
@@ -148,10 +165,6 @@ def unsettled(plan: Plan, folder: Path) -> tuple[dict[str, str | None], list[Pla
     order = list(dict.fromkeys(planned.id for planned in plan.runs))
     states = {run_id: settled_state(folder / run_id) for run_id in order}
     return states, [distinct[run_id] for run_id in order if states[run_id] is None]
-
-
-def _stop(number: int, _frame: Any) -> None:
-    raise Stopped(number)
 
 
 class Stopped(Exception):
@@ -199,19 +212,19 @@ def _work(
             break
         for planned in left:
             _wait_for_orphan(folder / planned.id)
+        groups = [left]
         for attempt in range(ATTEMPTS):
             crashed = []
-            for planned, outcome in worker.run(left, folder, tracker.advance):
-                if outcome.get("crashed") and not worker.stopped and attempt + 1 < ATTEMPTS:
-                    crashed.append(planned)
-                    continue
-                if outcome["state"] == "failed" or outcome.get("crashed"):
-                    note(folder / planned.id, outcome)
-                states[planned.id] = outcome["state"]
-                tracker.end(planned, outcome["message"])
-            left = crashed
-            if not left:
-                break
+            for group in groups:
+                for planned, outcome in worker.run(group, folder, tracker.advance):
+                    if outcome.get("crashed") and not worker.stopped and attempt + 1 < ATTEMPTS:
+                        crashed.append([planned])  # by itself now: one may have killed the others
+                        continue
+                    if outcome["state"] == "failed" or outcome.get("crashed"):
+                        note(folder / planned.id, outcome)
+                    states[planned.id] = outcome["state"]
+                    tracker.end(planned, outcome["message"])
+            groups = crashed
     worker.close()
 
 

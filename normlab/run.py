@@ -337,7 +337,8 @@ def log_to(path: Path) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        if threading.current_thread() is threading.main_thread():
+            logger.setLevel(level)
         with contextlib.suppress(OSError):
             handler.close()
 

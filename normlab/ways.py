@@ -55,11 +55,13 @@ def groups(pending: Sequence[PlannedRun], size: int) -> list[list[PlannedRun]]:
     return found
 
 
-def choose(pending: Sequence[PlannedRun], workers: int, measure: Measure) -> tuple[Way, str]:
+def choose(
+    pending: Sequence[PlannedRun], workers: int, measure: Measure, *, by_device: bool = True
+) -> tuple[Way, str]:
     """Returns the fastest way for the runs, and a line that says why.
 
     `workers` processes can be measured. A way that fails is passed over; what all fail at, the runs
-    will say.
+    will say. Without `by_device` that way is left out, whose last bits are others.
     """
     alone = measure(0, pending[:1], None)
     if "step_seconds" not in alone:
@@ -70,7 +72,7 @@ def choose(pending: Sequence[PlannedRun], workers: int, measure: Measure) -> tup
         if many is not None:
             found[Way("processes", workers)] = many / workers
     seeds = groups(pending, alone["devices"])[0]
-    if len(seeds) > 1:
+    if by_device and len(seeds) > 1:
         together = measure(0, seeds, alone["steps"])
         if "step_seconds" in together:
             way = Way("devices", 1, len(seeds))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -92,6 +93,13 @@ def test_what_cannot_be_measured_is_left_to_the_runs():
     assert (way, why) == (ways.Way("processes", 2), "not measured: no data")
 
 
+def test_the_way_whose_last_bits_are_others_can_be_left_out():
+    measure = measured(0.01, together=0.001, devices=4)
+    runs = [planned(seed) for seed in range(3)]
+    assert ways.choose(runs, 1, measure)[0].name == "devices"
+    assert ways.choose(runs, 1, measure, by_device=False)[0].name == "loop"
+
+
 def bytes_of(folder, plan):
     return {run.id: (folder / run.id / "metrics.jsonl").read_bytes() for run in plan.runs}
 
@@ -123,6 +131,41 @@ def test_a_wrong_way_is_named():
         parse("local:seeds=loops")
 
 
+def test_numbers_of_processes_and_another_way_do_not_go_together(tmp_path):
+    with pytest.raises(UserError, match=r"--jobs=2 .* seeds=loop"):
+        parse("local:seeds=loop")(None, tmp_path, 2, 1, print)
+
+
+def stopped(folder, plan, seeds):
+    """Sweeps until a run has logged something, then gets SIGTERM."""
+
+    def on_event(event):
+        if event.fraction > 0 and not event.ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with sweep.held(folder):
+        sweep.write_plan(plan, folder)
+        with pytest.raises(pool.Stopped) as stop:
+            pool.run_plan(plan, folder, None, 1, on_event, seeds)
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+
+
+def status_of(folder, run):
+    return json.loads((folder / run.id / "status.json").read_text())
+
+
+def test_a_signal_saves_the_runs_of_all_processes(tmp_path):
+    plan = plan_of(train__num_steps=3000)
+    stopped(tmp_path, plan, "processes")
+    begun = [run for run in plan.runs if (tmp_path / run.id / "status.json").exists()]
+    assert begun
+    for run in begun:
+        status = status_of(tmp_path, run)
+        assert status["status"] == "interrupted"
+        assert [path.name for path in (tmp_path / run.id / "checkpoints").iterdir()][-1:]
+        assert status["step"] > 0
+
+
 @pytest.fixture
 def four_devices(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
@@ -135,14 +178,53 @@ def test_seeds_a_device_each_give_the_numbers_of_one_after_another(tmp_path, fou
     sweep_in(tmp_path / "devices", plan, seeds="devices")
     sweep_in(tmp_path / "loop", plan, seeds="loop")
     for run in plan.runs:
-        a, b = (
-            [json.loads(line) for line in (tmp_path / way / run.id / "metrics.jsonl").open()]
-            for way in ("devices", "loop")
-        )
-        assert [line.keys() for line in a] == [line.keys() for line in b]
-        for line, other in zip(a, b, strict=True):
-            numbers = {name: x for name, x in other.items() if name != "split"}
-            assert {name: line[name] for name in numbers} == pytest.approx(numbers, abs=1e-5)
+        folders = [tmp_path / way / run.id for way in ("devices", "loop")]
+        assert_same_lines(*folders)
+        beside, alone = (json.loads((folder / "result.json").read_text()) for folder in folders)
+        assert beside["step_memory_bytes"] > 0
+        # Without the others' compilers, which take seconds.
+        assert 0 < beside["step_seconds"] < 0.2 + 5 * alone["step_seconds"]
+        assert (folders[0] / "log.txt").read_text() == (folders[1] / "log.txt").read_text()
+
+
+def assert_same_lines(folder, other):
+    a, b = (
+        [json.loads(line) for line in (where / "metrics.jsonl").open()] for where in (folder, other)
+    )
+    assert [line.keys() for line in a] == [line.keys() for line in b]
+    for line, same in zip(a, b, strict=True):
+        numbers = {name: x for name, x in same.items() if name != "split"}
+        assert {name: line[name] for name in numbers} == pytest.approx(numbers, abs=1e-5)
+
+
+@pytest.mark.devices
+def test_seeds_on_devices_are_saved_by_a_signal_and_go_on_in_another_way(tmp_path, four_devices):
+    plan = plan_of(seeds=3, train__num_steps=120)
+    folder = tmp_path / "moved"
+    stopped(folder, plan, "devices")
+    saved = [status_of(folder, run) for run in plan.runs]
+    assert {status["status"] for status in saved} == {"interrupted"}
+    assert all(0 < status["step"] < 120 for status in saved)
+    sweep_in(folder, plan, seeds="loop")
+    sweep_in(tmp_path / "loop", plan, seeds="loop")
+    for run in plan.runs:
+        assert_same_lines(folder / run.id, tmp_path / "loop" / run.id)
+
+
+@pytest.mark.devices
+def test_a_seed_that_fails_beside_others_costs_them_nothing(tmp_path, four_devices):
+    """The second seed's folder is somebody else's; the others take their steps alone."""
+    plan = plan_of(seeds=3)
+    folder = tmp_path / "sweep"
+    with sweep.held(folder):
+        sweep.write_plan(plan, folder)
+        (folder / plan.runs[1].id).mkdir()
+        (folder / plan.runs[1].id / "thesis.tex").touch()
+        states = pool.run_plan(plan, folder, None, 1, lambda event: None, "devices")
+    assert [states[run.id] for run in plan.runs] == ["done", "failed", "done"]
+    sweep_in(tmp_path / "loop", plan, seeds="loop")
+    for run in (plan.runs[0], plan.runs[2]):
+        assert_same_lines(folder / run.id, tmp_path / "loop" / run.id)
 
 
 @pytest.mark.devices

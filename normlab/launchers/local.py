@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from normlab import pool, ways
-from normlab.errors import unknown
+from normlab.errors import UserError, unknown
 from normlab.sweep import Plan
 
 
@@ -28,5 +28,10 @@ class Local:
         threads: int,
         on_event: Callable[[pool.Event], None],
     ) -> dict[str, str]:
-        """Runs what is not done; returns {run id: state}."""
+        """Runs what is not done; returns {run id: state}.
+
+        Raises UserError for a number of `jobs` beside a way that is not processes.
+        """
+        if jobs is not None and self.seeds in ("loop", "devices"):
+            raise UserError(f"--jobs={jobs} are processes, --launcher=local:seeds={self.seeds} not")
         return pool.run_plan(plan, folder, jobs, threads, on_event, self.seeds)

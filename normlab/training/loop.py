@@ -126,7 +126,9 @@ class _Run:
         how = how_to_step(parts, self.mesh)
         self.take_steps = parallel.take_steps(*how, self.compiler)
         if seat is not None:
-            self.take_steps = seat.taking(parallel.steps_program(*how), self.take_steps)
+            self.take_steps = seat.taking(
+                parallel.steps_program(*how), self.take_steps, self.compiler
+            )
 
         state = create_state(parts, self.compiler)
         if parts.model.conv.starts_from_data:
@@ -217,6 +219,7 @@ class _Run:
             config.seed, first, until - first, self.parts.length.batch_size, len(self.data.train)
         )
         compiled_before, start = self._compile_seconds(), time.perf_counter()
+        seated_before = self.seat.seconds if self.seat else 0.0
         looked = self.step
         made = self.data.train.steps(config.seed, first, indices, together)
         with contextlib.closing(made) as batches:
@@ -232,7 +235,8 @@ class _Run:
                         break
         self.step = int(self.state.step)
         compiling = self._compile_seconds() - compiled_before
-        self.train_seconds += time.perf_counter() - start - compiling
+        spent = time.perf_counter() - start - compiling
+        self.train_seconds += spent if self.seat is None else self.seat.seconds - seated_before
 
     def _step_compiler(self) -> parallel.Compiler:
         return self.compiler if self.seat is None else self.seat.compiler

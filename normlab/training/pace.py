@@ -47,7 +47,7 @@ def _step_seconds(
     data, how = load_data(config, mesh), how_to_step(parts, mesh)
     take = parallel.take_steps(*how, compiler)
     if seat is not None:
-        take = seat.taking(parallel.steps_program(*how), take)
+        take = seat.taking(parallel.steps_program(*how), take, compiler)
     state = parallel.replicate(create_state(parts, compiler), mesh)
     size, seed = parts.length.batch_size, parallel.seed_array(config.seed)
     together = parallel.steps_per_dispatch(config, resident=parts.info.one_size)

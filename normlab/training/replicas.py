@@ -6,10 +6,10 @@ steps, one program takes those of all (`parallel.take_together`, mesh axis `seed
 ended, or asks for another number of steps, each goes on by itself.
 """
 
-import contextlib
 import copy
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -45,9 +45,10 @@ class Room:
         compiler: parallel.Compiler,
         arguments: Arguments,
     ) -> Any:
-        """Returns the state after the steps, taken with all others; None if they are not all here.
+        """Returns the state after the steps and their seconds, taken with all others.
 
-        Waits until each run that is left has asked. What fails, fails in all of them.
+        None if they are not all here. Waits until each run that is left has asked. What fails
+        fails in all of them.
         """
         with self._turn:
             self._asked[place] = arguments
@@ -78,20 +79,24 @@ class Room:
             self._given |= dict.fromkeys(waiting)  # each by itself
         else:
             try:
+                start, compiled = time.perf_counter(), compiler.seconds
                 states = parallel.take_together(program, self.devices, compiler, asked)
-                self._given |= dict(enumerate(states))
+                jax.block_until_ready(states)
+                seconds = time.perf_counter() - start - (compiler.seconds - compiled)
+                self._given |= {place: (state, seconds) for place, state in enumerate(states)}
             except BaseException as fault:
                 self._fault = fault
         self._turn.notify_all()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Seat:
     """A run's place in a room."""
 
     room: Room
     place: int
     compiler: parallel.Compiler  # of what all take together
+    seconds: float = 0.0  # of this run's steps, without waiting for others and for compilers
 
     @property
     def mesh(self) -> Mesh:
@@ -99,13 +104,26 @@ class Seat:
         return Mesh(np.array([self.room.devices[self.place]]), ("data",))
 
     def taking(
-        self, program: Callable[..., Any], alone: Callable[..., Any]
+        self, program: Callable[..., Any], alone: Callable[..., Any], compiler: parallel.Compiler
     ) -> Callable[[Any, Any, Any, np.ndarray], Any]:
-        """Returns `take(state, data, seed, rows) -> state`, with the others or else `alone`."""
+        """Returns `take(state, data, seed, rows) -> state`, with the others or else `alone`.
+
+        `compiler` is that of `alone`. After a signal, when the others are gone, it takes no step.
+        """
 
         def take(state: Any, data: Any, seed: Any, rows: np.ndarray) -> Any:
-            taken = self.room.take(self.place, program, self.compiler, (state, data, seed, rows))
-            return alone(state, data, seed, rows) if taken is None else taken
+            arguments = (state, data, seed, rows)
+            together = self.room.take(self.place, program, self.compiler, arguments)
+            if together is not None:
+                state, seconds = together
+                self.seconds += seconds
+                return state
+            if self.room.signals.received is not None:
+                return state
+            start, compiled = time.perf_counter(), compiler.seconds
+            state = jax.block_until_ready(alone(*arguments))
+            self.seconds += time.perf_counter() - start - (compiler.seconds - compiled)
+            return state
 
         return take
 
@@ -126,21 +144,24 @@ def on_one_device(config: ConfigDict) -> ConfigDict:
 
 
 def run_together(works: Sequence[Callable[[Seat], T]], signals: Signals) -> list[T]:
-    """Returns what each `work(seat)` returns, one a device, in threads. A work must not raise.
+    """Returns what each `work(seat)` returns, one a device, in threads.
 
-    To be called from the thread that has the signals. Raises ValueError for more works than
-    devices.
+    To be called from the thread that has the signals. Raises what a work raised, when all have
+    ended, and ValueError for more works than devices.
     """
     devices = jax.local_devices()[: len(works)]
     if len(devices) < len(works):
         raise ValueError(f"{len(works)} runs do not fit {len(devices)} devices")
     room, compiler = Room(devices, signals), parallel.Compiler()
     results: dict[int, T] = {}
+    faults: list[BaseException] = []
 
     def work(place: int) -> None:
         try:
             with jax.default_device(devices[place]):
                 results[place] = works[place](Seat(room, place, compiler))
+        except BaseException as fault:
+            faults.append(fault)
         finally:
             room.leave(place)
 
@@ -151,6 +172,7 @@ def run_together(works: Sequence[Callable[[Seat], T]], signals: Signals) -> list
         thread.start()
     for thread in threads:
         while thread.is_alive():  # so that a signal's handler gets its turn
-            with contextlib.suppress(TimeoutError):
-                thread.join(timeout=0.2)
+            thread.join(timeout=0.2)
+    if faults:
+        raise faults[0]
     return [results[place] for place in range(len(works))]

@@ -126,6 +126,12 @@ def _check_layout(config: ConfigDict, layout: Layout, norm: NormFactory) -> None
     if not norm.stateful:
         return
     scope, parts = config.batch_stats, layout.microbatches
+    if scope.scope == "device" and layout.padded:
+        raise UserError(
+            f"config field 'parallel.pad_batch' = true: {config.train.batch_size} examples are no "
+            f"equal shares of {parallel.num_devices(config)} devices, which batch_stats.scope = "
+            "'device' needs; choose another batch size, or scope ghost"
+        )
     if parts > 1:
         field = f"config field 'train.microbatches' = {parts}"
         instead = "'train.remat' = true saves memory and changes no number"

@@ -127,6 +127,14 @@ def test_a_checkpoint_goes_on_under_another_layout(tmp_path):
             r"does not split over 4 microbatches on 8 devices \(48 / 32 = 1.5\); "
             "nearest: 32 or 64",
         ),
+        (
+            {
+                "train__batch_size": 36,
+                "parallel__pad_batch": True,
+                "batch_stats__scope": "device",
+            },
+            "36 examples are no equal shares of 8 devices",
+        ),
         ({"parallel__num_devices": 9}, "'parallel.num_devices' = 9 must be from 1 to 8"),
         (
             {

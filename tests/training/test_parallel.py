@@ -220,6 +220,17 @@ def test_the_layout_is_no_part_of_a_runs_identity():
     assert id_of(small("layer_norm", **layout)) == id_of(small("layer_norm"))
 
 
+def test_microbatches_that_drop_each_for_itself_are_another_run():
+    def run_id(**fields):
+        changes = {name.replace("__", "."): value for name, value in fields.items()}
+        return id_of(load_config("configs/digits.py:model=preact_resnet20", changes))
+
+    assert run_id(train__microbatches=2) == run_id()
+    dropped = run_id(model__dropout=0.5)
+    assert run_id(model__dropout=0.5, train__microbatches=2) != dropped
+    assert run_id(model__dropout=0.5, train__microbatches=1) == dropped
+
+
 def test_a_run_in_microbatches_is_the_run(tmp_path):
     train(small("layer_norm"), tmp_path / "whole")
     train(small("layer_norm", train__microbatches=2), tmp_path / "parts")
