@@ -41,17 +41,20 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
         if not isinstance(event, dict):
             unreadable.append(line_number)
             continue
-        step, accuracy = integer(event.get("step")), number(event.get("accuracy"))
+        split, skipped = event.get("split"), event.get("nonfinite")
+        if split not in ("test", "probe") and not skipped:
+            continue  # as most lines: there is nothing here that a report shows
+        step = integer(event.get("step"))
         if step is None:
             continue
-        if event.get("split") == "test" and accuracy is not None:
+        if split == "test" and (accuracy := number(event.get("accuracy"))) is not None:
             points[step] = accuracy
-        if event.get("split") == "probe":
+        if split == "probe":
             for name, value in event.items():
                 if _PERCENTILE.fullmatch(name) and (measured := number(value)) is not None:
                     probe.setdefault(one_line(name), {})[step] = measured
         # Counted since the line before; keyed by step, so that a line written twice counts once.
-        passed_over[step] = number(event.get("nonfinite")) or passed_over.get(step, 0)
+        passed_over[step] = number(skipped) or passed_over.get(step, 0)
     if unreadable == [len(lines)]:
         notes.append(f"{path.name}: the last line is cut off")
     elif unreadable:
@@ -243,6 +246,8 @@ def integer(value: Any) -> int | None:
 def one_line(value: Any) -> str:
     """Returns text on one line without control characters (a terminal would obey them)."""
     text = " ".join(str(value).split())
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
