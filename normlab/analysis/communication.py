@@ -1,27 +1,27 @@
 """What devices tell each other in a step of training: counted from the program, nothing is run.
 
 A replica of the step (`parallel.mode` pmap) is traced with an axis of any number of devices, and
-the all-reduces in its jaxpr are what the normalizers ask for. Under jit XLA's partitioner decides
-the same sums by itself: `of_program` reads them off what it has compiled.
+its collectives are followed through the jaxpr. What depends on no input, as the count of a batch
+without padding, is left out: XLA multiplies where all devices have the same. Under jit XLA's
+partitioner puts the sums in by itself: `of_program` reads them off what it has compiled.
 
-What a network makes of it is a model (`Network`), not a measurement: every all-reduce of statistics
-waits for the one before it, so a step takes calls × latency + bytes sent / bandwidth.
+What a network makes of it is a model (`Network`), not a measurement.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.extend import core
+from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from normlab import models
 from normlab.errors import UserError
-from normlab.models.cost import equations
 from normlab.training import parallel
 from normlab.training.setup import Parts, build_parts
 from normlab.training.state import initial_state
@@ -32,31 +32,30 @@ FORWARD, BACKWARD, GRADIENT = "statistics, forward", "statistics, backward", "gr
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """All-reduces of a part of a step, on each device."""
+    """Collectives of a part of a step, on each device."""
 
-    calls: int = 0
-    payload: int = 0  # bytes, of the arrays that are summed
-    sent: float = 0.0  # bytes that leave the device, by the ring
+    rounds: int = 0  # collectives that wait for one another
+    payload: int = 0  # bytes of the device's own arrays that go into them
+    sent: float = 0.0  # bytes that leave the device, over rings
 
     def __add__(self, other: "Volume") -> "Volume":
-        return Volume(
-            self.calls + other.calls, self.payload + other.payload, self.sent + other.sent
-        )
-
-    def __sub__(self, other: "Volume") -> "Volume":
-        return self + other.times(-1)
+        sums = map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        return Volume(*sums)
 
     def times(self, count: int) -> "Volume":
-        """Returns the volume of `count` such parts."""
-        return Volume(count * self.calls, count * self.payload, count * self.sent)
+        """Returns the volume of `count` such parts, one after another."""
+        return Volume(*(count * value for value in dataclasses.astuple(self)))
 
 
-def all_reduce(payload: int, devices: int) -> Volume:
-    """Returns an all-reduce of so many bytes over a ring: each device sends 2(N − 1)/N of them.
+_RING: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+}
+"""What each of n devices sends over a ring, in parts of its own arrays; no algorithm sends less
+(Patarasuk & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002)."""
 
-    (Patarasuk & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002: no algorithm sends less.)
-    """
-    return Volume(1, payload, 2 * (devices - 1) / devices * payload)
+_PRIMITIVES = {"psum": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
 
 
 def of_step(config: ConfigDict, devices: int) -> dict[str, Volume]:
@@ -71,20 +70,19 @@ def of_step(config: ConfigDict, devices: int) -> dict[str, Volume]:
     state = jax.eval_shape(lambda: initial_state(parts, jnp.zeros((), jnp.uint32)))
     arguments = state.params, state.batch_stats, _batch(parts, share)
     smoothing = config.train.label_smoothing
-    loss = make_loss(model, smoothing, parallel.AXIS)
-    part = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
-
     def volume(function: Callable[..., Any]) -> Volume:
         traced = jax.make_jaxpr(function, axis_env=[(parallel.AXIS, devices)])(*arguments)
-        return sum(_volumes(traced.jaxpr, devices), Volume())
+        jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+        return _Flow(devices).volume(jaxpr)
 
-    forward, both = volume(loss), volume(part)
+    # The devices' gradients are summed only where the gradient is told of the axis.
+    forward, both = volume(make_loss(model, smoothing)), volume(make_gradient(model, smoothing))
     whole = volume(make_gradient(model, smoothing, axis_name=parallel.AXIS))
     count = config.train.microbatches
     return {
         FORWARD: forward.times(count),
-        BACKWARD: (both - forward).times(count),
-        GRADIENT: whole - both,
+        BACKWARD: (both + forward.times(-1)).times(count),
+        GRADIENT: whole + both.times(-1),
     }
 
 
@@ -110,49 +108,113 @@ def _batch(parts: Parts, share: int) -> Batch:
     return Batch(images, labels, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def _volumes(jaxpr: Any, devices: int) -> Iterable[Volume]:
-    for equation, times in equations(jaxpr):
-        axes = equation.params.get("axes", equation.params.get("axis_name", ()))
-        if parallel.AXIS not in (axes if isinstance(axes, tuple) else (axes,)):
-            continue
-        name = equation.primitive.name
-        if name == "axis_index":
-            continue
-        assert name.startswith("psum"), name
-        groups = equation.params.get("axis_index_groups")
-        payload = sum(_bytes(variable.aval) for variable in equation.invars)
-        yield all_reduce(payload, len(groups[0]) if groups else devices).times(times)
+class _Flow:
+    """Follows values through a jaxpr: how many collectives each waited for, one after another."""
+
+    def __init__(self, devices: int) -> None:
+        self._devices = devices
+        self._payload, self._sent = 0, 0.0
+
+    def volume(self, jaxpr: Any) -> Volume:
+        """Returns the volume of a whole jaxpr, all of its arguments at hand from the start."""
+        rounds = self._follow(jaxpr, [0] * len(jaxpr.invars), 1)
+        return Volume(max((r for r in rounds if r is not None), default=0), *self._sums())
+
+    def _sums(self) -> tuple[int, float]:
+        return self._payload, self._sent
+
+    def _follow(self, jaxpr: Any, given: list[int | None], times: int) -> list[int | None]:
+        """Returns the rounds of each output, None for a constant; `given` are the inputs'."""
+        rounds: dict[Any, int | None] = dict(zip(jaxpr.invars, given, strict=True))
+
+        def of(value: Any) -> int | None:
+            return None if isinstance(value, core.Literal) else rounds.get(value)
+
+        for equation in jaxpr.eqns:
+            there = [of(value) for value in equation.invars]
+            waited = max((r for r in there if r is not None), default=None)
+            if waited is None:
+                continue
+            inner = _inner(equation)
+            kind = _collective(equation)
+            if kind is not None:
+                self._add(kind, equation, there, times)
+                after: list[int | None] = [waited + 1] * len(equation.outvars)
+            elif inner is None:
+                after = [waited] * len(equation.outvars)
+            elif equation.primitive.name == "scan":
+                length = equation.params["length"]
+                found = self._follow(inner, [waited] * len(there), times * length)
+                deepest = max((r for r in found if r is not None), default=waited)
+                after = [waited + length * (deepest - waited)] * len(found)
+            else:
+                after = self._follow(inner, there, times)
+            rounds.update(zip(equation.outvars, after, strict=True))
+        return [of(value) for value in jaxpr.outvars]
+
+    def _add(self, kind: str, equation: Any, there: list[int | None], times: int) -> None:
+        summed = zip(equation.invars, there, strict=True)
+        payload = sum(_bytes(value.aval) for value, rounds in summed if rounds is not None)
+        groups = equation.params["axis_index_groups"]
+        self._payload += times * payload
+        self._sent += times * payload * _RING[kind](len(groups[0]) if groups else self._devices)
+
+
+def _inner(equation: Any) -> Any:
+    """Returns the jaxpr that an equation calls with its own arguments; None if there is none."""
+    for value in equation.params.values():
+        inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+        if isinstance(inner, core.Jaxpr) and len(inner.invars) == len(equation.invars):
+            return inner
+    return None
+
+
+def _collective(equation: Any) -> str | None:
+    """Returns which collective over the devices an equation is; None if it is none.
+
+    Raises KeyError for one that normlab has not had so far.
+    """
+    axes = equation.params.get("axes", equation.params.get("axis_name", ()))
+    if parallel.AXIS not in (axes if isinstance(axes, tuple) else (axes,)):
+        return None
+    name = equation.primitive.name
+    return None if name == "axis_index" else _PRIMITIVES[name]
 
 
 def _bytes(array: Any) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
-_ALL_REDUCE = re.compile(r"= (\(.*?\)|\S+) all-reduce(?:-start)?\(.*?replica_groups=(\S+)")
-_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter)\(.*?replica_groups=(\S+)"
+)
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\[([\d,]*)\]")
 
 
 def of_program(hlo: str, devices: int) -> Volume:
-    """Returns the volume of a compiled program (`compiled.as_text()`), loops counted once.
+    """Returns the volume of a program compiled for CPU (`compiled.as_text()`), loops counted once.
 
-    Raises ValueError if it has a collective that is no all-reduce.
+    Its rounds are its collectives after XLA has merged some, whether or not they wait for one
+    another.
     """
-    other = re.search(r" (all-gather|all-to-all|reduce-scatter|collective-permute)\S*\(", hlo)
-    if other:
-        raise ValueError(f"the program has a collective of another kind: {other[1]}")
     total = Volume()
-    for result, groups in _ALL_REDUCE.findall(hlo):
+    for result, kind, groups in _COLLECTIVE.findall(hlo):
+        size = _group_size(groups, devices)
         payload = sum(
-            math.prod(int(size) for size in sizes.split(",") if size) * max(int(bits) // 8, 1)
-            for _, bits, sizes in _ARRAY.findall(result.replace("pred[", "pred8["))
+            math.prod(int(length) for length in shape.split(",") if length) * int(bits or 8) // 8
+            for _, bits, shape in _ARRAY.findall(result)
         )
-        total += all_reduce(payload, _group_size(groups, devices))
+        if kind == "all-gather":
+            payload //= size
+        if kind == "reduce-scatter":
+            payload *= size
+        total += Volume(1, payload, payload * _RING[kind](size))
     return total
 
 
 def _group_size(groups: str, devices: int) -> int:
-    """Returns the devices of a group of `{{0,1},{2,3}}`, `[2,4]<=[8]` (4), or `{}` (all)."""
-    if iota := re.match(r"\[\d+,(\d+)\]", groups):
+    """Returns the devices of a group of `{{0,1},{2,3}}` or `[4,2]<=[8]` (2); else all of them."""
+    if iota := re.match(r"\[\d+,(\d+)\]<=", groups):
         return int(iota[1])
     first = re.match(r"\{\{([\d,]+)\}", groups)
     return len(first[1].split(",")) if first else devices
@@ -173,7 +235,7 @@ class Network:
 
     def seconds(self, volume: Volume) -> float:
         """Returns how long the all-reduces take one after another: a model, no measurement."""
-        return volume.calls * self.latency + volume.sent / self.bandwidth
+        return volume.rounds * self.latency + volume.sent / self.bandwidth
 
 
 def _nccl(hosts: int, hop: float) -> float:
@@ -183,7 +245,7 @@ def _nccl(hosts: int, hop: float) -> float:
     """
     if hosts == 1:
         return (3.6 + 2 * 7 * 0.47) * 1e-6
-    return (4.4 + 2 * (7 * 1.8 * 0.52 + np.log2(hosts) * hop)) * 1e-6
+    return (4.4 + 2 * (7 * 1.8 * 0.52 + math.log2(hosts) * hop)) * 1e-6
 
 
 NETWORKS = (

@@ -22,8 +22,7 @@ def macs(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     variables, images, apply = _abstract(model, image_shape)
     with nn.intercept_methods(_mark_normalizers):
         jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
-    found = equations(jaxpr, leave_out=_is_of_normalizer)
-    return sum(times * _macs_of(equation) for equation, times in found)
+    return sum(times * _macs_of(equation) for equation, times in _equations(jaxpr))
 
 
 _MARK = "of_a_normalizer"
@@ -57,27 +56,21 @@ def _abstract(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[Any, Any,
     return variables, images, lambda variables, x: model.apply(variables, x, train=False)
 
 
-def _is_of_normalizer(equation: Any) -> bool:
-    return _MARK in str(equation.source_info.name_stack)
-
-
-def equations(
-    jaxpr: Any, times: int = 1, leave_out: Callable[[Any], bool] = lambda _: False
-) -> Iterator[tuple[Any, int]]:
+def _equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Yields the equations of a jaxpr and of all it calls, and how often each is run.
 
-    One that is left out is left out with all it calls.
+    Those of normalizers are left out.
     """
     for equation in jaxpr.eqns:
-        if leave_out(equation):
+        if _MARK in str(equation.source_info.name_stack):
             continue
         yield equation, times
         runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
         for value in equation.params.values():
             if isinstance(value, core.ClosedJaxpr):
-                yield from equations(value.jaxpr, runs, leave_out)
+                yield from _equations(value.jaxpr, runs)
             elif isinstance(value, core.Jaxpr):
-                yield from equations(value, runs, leave_out)
+                yield from _equations(value, runs)
 
 
 def _macs_of(equation: Any) -> int:
