@@ -4,6 +4,7 @@
     python scripts/bench_scale.py sweep       # overhead a run at 10, 100, 1,000 trivial runs
     python scripts/bench_scale.py report      # seconds and memory at 1,000 runs × 1,000 lines
     python scripts/bench_scale.py startup     # from the command line to the first step
+    python scripts/bench_scale.py communication  # what normalizers ask of the network
 
 Each prints a table, with --markdown one for a page. Whatever is timed runs in processes of its own.
 """
@@ -11,20 +12,29 @@ Each prints a table, with --markdown one for a page. Whatever is timed runs in p
 import argparse
 import json
 import os
-import shutil
+import pkgutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench_tools import (
+    ROOT,
+    Rows,
+    environment,
+    flags,
+    folder,
+    machine,
+    normlab,
+    serving,
+    show,
+    take_turns,
+    timed_process,
+)
+
 HERE = Path(__file__).resolve()
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
 TRIVIAL = {
     "model.widths": "(4,8)",
@@ -33,8 +43,6 @@ TRIVIAL = {
     "data.num_validation": "0",
 }
 """A run of which next to nothing is training."""
-
-Rows = list[Sequence[Any]]
 
 
 def main() -> None:
@@ -48,7 +56,7 @@ def main() -> None:
             command.add_argument(option, default=default, type=kind, help=meaning)
     for name, serve in SERVERS.items():
         server = commands.add_parser(name)
-        server.add_argument("arguments", nargs="*")
+        server.add_argument("arguments", nargs=argparse.REMAINDER)
         server.set_defaults(serve=serve)
     args = parser.parse_args()
     if hasattr(args, "serve"):
@@ -59,6 +67,94 @@ def main() -> None:
     show(columns, rows, args.markdown)
     for note in notes:
         print(f"\n{note}")
+
+
+# Devices -----------------------------------------------------------------------------------------
+
+MODES = ("jit", "pmap")
+
+
+def devices(args: argparse.Namespace) -> Any:
+    """A training step on 1, 2, 4, 8 virtual devices, against the ideal."""
+    counts = [int(count) for count in args.counts.split(",")]
+    rows: Rows = []
+    for what in ("batch", "batch a device"):
+        share = args.batch_size // max(counts)
+        sizes = {n: share * n if what == "batch a device" else args.batch_size for n in counts}
+        names = [(mode, n) for n in counts for mode in MODES]
+        servers = {
+            name: serving(
+                HERE, "serve-devices", args.config, name[0], sizes[name[1]], devices=name[1]
+            )
+            for name in names
+        }
+        seconds = take_turns(servers, args.rounds)
+        first = seconds["jit", counts[0]]
+        for mode, count in names:
+            own = seconds[mode, count]
+            work = sizes[count] / sizes[counts[0]]
+            over = statistics.median(b / (work * a) for a, b in zip(first, own, strict=True))
+            time_ = f"{1e3 * statistics.median(own):.1f}"
+            rows.append((f"fixed {what}", count, sizes[count], mode, time_, f"{over:.2f}"))
+    return (
+        f"A step of {args.config}, medians of {args.rounds} alternating turns",
+        ("", "devices", "batch", "mode", "ms a step", "of the ideal"),
+        rows,
+        [
+            "Virtual devices share the same cores, so the ideal is the time of one device times "
+            "the batch over its batch; what is above 1.00 is overhead."
+        ],
+    )
+
+
+def serve_devices(source: str, mode: str, batch_size: str) -> None:
+    """Takes three steps for each line on stdin, and answers with the seconds of the faster two."""
+    from bench_parts import RandomTraining
+
+    from normlab.config import load_config
+
+    fields = {"parallel.mode": mode, "train.batch_size": batch_size}
+    training = RandomTraining(load_config(source, fields))
+    for _ in sys.stdin:
+        training.step()  # untimed: in the others' turns the system may have taken the pages away
+        begin = time.perf_counter()
+        training.step(), training.step()
+        print((time.perf_counter() - begin) / 2, flush=True)
+
+
+# Sweeps ------------------------------------------------------------------------------------------
+
+
+def sweep(args: argparse.Namespace) -> Any:
+    """What a run costs beside its training, in sweeps of trivial runs."""
+    rows: Rows = []
+    with folder(args.workdir) as where:
+        for count in map(int, args.runs.split(",")):
+            at = where / f"sweep-{count}"
+            command = ["compare", "configs/digits.py", "--norms=none,batch_norm", *flags(TRIVIAL)]
+            command += [f"--seeds={-(-count // 2)}", f"--jobs={args.jobs}", f"--workdir={at}"]
+            seconds, processor, _ = timed_process(command)
+            again, _, _ = timed_process(command)
+            results = [json.loads(path.read_text()) for path in at.glob("*/result.json")]
+            own = sum(result["seconds"] for result in results)
+            compiling = sum(result["compile_seconds"] for result in results)
+            over = seconds * args.jobs - own - compiling
+            figures = (seconds, again, own, compiling, over, processor)
+            per_run = (f"{figure / len(results):.3f}" for figure in figures[2:])
+            rows.append((len(results), f"{seconds:.1f}", f"{again:.1f}", *per_run))
+    return (
+        f"A sweep of runs of two steps, {args.jobs} workers of one thread",
+        (
+            *("runs", "seconds", "again, all done"),
+            *("own s a run", "compiling s a run", "overhead s a run", "processor s a run"),
+        ),
+        rows,
+        [
+            "Own seconds and compiling are the runs' (result.json); overhead is wall clock × "
+            "workers less both: starting workers, planning, reporting, what happens before a run's "
+            "clock starts. The same command again plans, skips every run and reports."
+        ],
+    )
 
 
 # A report ----------------------------------------------------------------------------------------
@@ -139,76 +235,155 @@ def write_logs(where: Path, lines: int, index: int) -> float:
     return accuracy
 
 
-# Processes and tables ----------------------------------------------------------------------------
+# Start-up ----------------------------------------------------------------------------------------
+
+STAGES = {
+    "normlab.config.load_config": "config",
+    "normlab.training.loop.build_parts": "build",
+    "normlab.training.loop.load_data": "data",
+    "normlab.training.loop.create_state": "initial state",
+    "normlab.training.loop.describe_run": "manifest",
+    "normlab.training.parallel.Compiler.__call__": "trace and compile",
+}
+"""What happens up to the first step; each is charged its own time, without what it calls."""
 
 
-def flags(fields: Mapping[str, str]) -> list[str]:
-    """Returns the overrides as arguments."""
-    return [f"--config.{name}={value}" for name, value in fields.items()]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """Returns this process's environment, with this checkout before any installed normlab."""
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **extra}
-
-
-def normlab(arguments: Sequence[str]) -> None:
-    """Runs a command of normlab; ends this process if it fails."""
-    timed_process(arguments)
-
-
-def timed_process(arguments: Sequence[str]) -> tuple[float, float, float]:
-    """Runs a command of normlab; returns seconds, seconds of a processor, and peak MiB."""
-    command = [sys.executable, "-m", "normlab", *arguments]
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+def startup(args: argparse.Namespace) -> Any:
+    """From the command line to the first step, with a cold and a warm compilation cache."""
+    found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    for _ in range(args.rounds):
+        with folder(None) as where:
+            for kind, stages in found.items():
+                fields = {"parallel.compilation_cache": str(where / "cache")}
+                command = [sys.executable, str(HERE), "serve-startup", str(time.time())]
+                command += [f"--config={args.config}", f"--workdir={where / kind}", *flags(fields)]
+                ended = subprocess.run(
+                    command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+                )
+                stages.append(json.loads(ended.stdout.splitlines()[-1]))
+    rows: Rows = []
+    for name in found["cold"][0]:
+        medians = (statistics.median(s.get(name, 0.0) for s in found[kind]) for kind in found)
+        rows.append((name, *(f"{median:.2f}" for median in medians)))
+    return (
+        f"Seconds from the command line to the end of the first step, {args.config}, "
+        f"medians of {args.rounds}",
+        ("", "cold cache", "warm cache"),
+        rows,
+        [],
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
-    if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"normlab {arguments[0]} ended with exit code {code}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-@contextmanager
-def folder(chosen: str | None) -> Iterator[Path]:
-    """Yields the chosen folder, or one that is gone afterwards."""
-    if chosen:
-        yield Path(chosen).resolve()
-        return
-    made = Path(tempfile.mkdtemp(prefix="bench_scale."))
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made)
+def serve_startup(began: str, *arguments: str) -> None:
+    """Goes the way of `normlab train` to its first step and prints the seconds of each stage."""
+    from normlab import cli  # the front door has it, too, before it starts itself again
+    from normlab.environment import entry_environment
+
+    if extra := entry_environment():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **extra})
+    clock = time.time
+    spent = {"interpreter, twice": clock() - float(began)}
+    mark = clock()
+    import normlab.training.loop
+
+    spent["import"] = clock() - mark
+    inner = [0.0]  # time charged to what the stage at hand has called
+
+    def charged(name: str, function: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            begin = clock()
+            inner.append(0.0)
+            result = function(*args, **options)
+            whole = clock() - begin
+            spent[name] = spent.get(name, 0.0) + whole - inner.pop()
+            inner[-1] += whole
+            return result
+
+        return timed
+
+    for path, name in STAGES.items():
+        owner, _, attribute = path.rpartition(".")
+        place = pkgutil.resolve_name(owner)
+        setattr(place, attribute, charged(name, getattr(place, attribute)))
+
+    def first_step(*parts: Any) -> Any:
+        take = take_steps(*parts)
+
+        def step(*args: Any) -> Any:
+            charged("first step", lambda: jax.block_until_ready(take(*args)))()
+            total = clock() - float(began)
+            rest = {"all else": total - sum(spent.values()), "total": total}
+            print(json.dumps(spent | rest), flush=True)
+            os._exit(0)
+
+        return step
+
+    import jax
+
+    take_steps = normlab.training.parallel.take_steps
+    normlab.training.parallel.take_steps = first_step
+    sys.exit(cli.main(["train", *arguments]))
 
 
-def machine() -> str:
-    """Returns machine, versions and commit in a line."""
-    from normlab.run import describe_machine
-
-    found = describe_machine()
-    commit = (found["git_commit"] or "unknown")[:7] + ("+" if found["git_dirty"] else "")
-    load = os.getloadavg()[0]
-    return f"{found['cpu']}, jax {found['versions']['jax']}, commit {commit}, load {load:.1f}"
+# Communication -----------------------------------------------------------------------------------
 
 
-def show(columns: Sequence[str], rows: Rows, markdown: bool) -> None:
-    """Prints a table, of plain text or of Markdown."""
-    lines = [list(columns), *([str(cell) for cell in row] for row in rows)]
-    if markdown:
-        lines.insert(1, ["---"] + ["--:"] * (len(columns) - 1))
-        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        return
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
-        print("  ".join(cells).rstrip())
+def communication(args: argparse.Namespace) -> Any:
+    """What each normalizer's statistics are to the network, in a step."""
+    from normlab.analysis.communication import BACKWARD, FORWARD, GRADIENT, NETWORKS, of_step
+    from normlab.config import load_config
+    from normlab.norms import NORMS
 
+    networks = [network for network in NETWORKS if network.devices == args.devices]
+    names = args.norms.split(",") if args.norms else [n for n in NORMS if NORMS[n].stateful]
+    rows: Rows = []
+    for name in names:
+        volumes = of_step(load_config(f"{args.config},norm={name}"), args.devices)
+        statistics_ = volumes[FORWARD] + volumes[BACKWARD]
+        gradient = volumes[GRADIENT]
+        rows.append(
+            (
+                name,
+                f"{volumes[FORWARD].rounds} + {volumes[BACKWARD].rounds}",
+                f"{statistics_.payload / 1e3:,.1f}",
+                f"{statistics_.sent / 1e3:,.1f}",
+                f"{gradient.sent / 1e6:,.1f}",
+                *(f"{1e3 * network.seconds(statistics_):.2f}" for network in networks),
+            )
+        )
+    return (
+        f"Communication of a step of {args.config} on {args.devices} devices",
+        (
+            *("normalizer", "rounds, forward + backward", "kB of its own", "kB sent"),
+            "MB sent of gradient",
+            *(f"ms, {network.name}" for network in networks),
+        ),
+        rows,
+        [f"{network.name}: {network.source}" for network in networks],
+    )
+
+
+# The command line -------------------------------------------------------------------------------
 
 WORKDIR = (None, "folder to keep, and to use again (a temporary one)")
 BENCHMARKS: dict[str, Any] = {
+    "devices": (
+        devices,
+        {
+            "--config": ("configs/cifar10.py:model=resnet20", "model and data"),
+            "--batch-size": (64, "examples; of the fixed batch a device, on the most devices"),
+            "--counts": ("1,2,4,8", "numbers of devices"),
+            "--rounds": (7, "turns of each contender"),
+        },
+    ),
+    "sweep": (
+        sweep,
+        {
+            "--runs": ("10,100,1000", "numbers of runs"),
+            "--jobs": (2, "workers"),
+            "--workdir": WORKDIR,
+        },
+    ),
     "report": (
         report,
         {
@@ -218,8 +393,23 @@ BENCHMARKS: dict[str, Any] = {
             "--workdir": WORKDIR,
         },
     ),
+    "startup": (
+        startup,
+        {
+            "--config": ("configs/digits.py", "what would be trained"),
+            "--rounds": (3, "times, each from a cold cache to a warm one"),
+        },
+    ),
+    "communication": (
+        communication,
+        {
+            "--config": ("configs/imagenet.py:model=resnet50", "with choices, of which norm"),
+            "--devices": (64, "devices"),
+            "--norms": (None, "which normalizers (those with state)"),
+        },
+    ),
 }
-SERVERS: dict[str, Any] = {}
+SERVERS: dict[str, Any] = {"serve-devices": serve_devices, "serve-startup": serve_startup}
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def of_step(config: ConfigDict, devices: int) -> dict[str, Volume]:
     state = jax.eval_shape(lambda: initial_state(parts, jnp.zeros((), jnp.uint32)))
     arguments = state.params, state.batch_stats, _batch(parts, share)
     smoothing = config.train.label_smoothing
+
     def volume(function: Callable[..., Any]) -> Volume:
         traced = jax.make_jaxpr(function, axis_env=[(parallel.AXIS, devices)])(*arguments)
         jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
@@ -103,8 +104,8 @@ def _share(config: ConfigDict, devices: int) -> int:
 
 
 def _batch(parts: Parts, share: int) -> Batch:
-    images = jax.ShapeDtypeStruct((share, *parts.info.image_shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((share,), jnp.int32)
+    images: Any = jax.ShapeDtypeStruct((share, *parts.info.image_shape), jnp.float32)
+    labels: Any = jax.ShapeDtypeStruct((share,), jnp.int32)
     return Batch(images, labels, jax.eval_shape(lambda: jax.random.key(0)))
 
 
@@ -241,7 +242,7 @@ class Network:
 def _nccl(hosts: int, hop: float) -> float:
     """Returns NCCL's own estimate for 8 GPUs a host (src/graph/tuning.cc, protocol LL), seconds.
 
-    On one host a ring, 3.6 + 2·7·0.47 µs; over hosts a tree, 4.4 + 2·(7·1.8·0.52 + log₂ hosts · hop).
+    On one host a ring, 3.6 + 2·7·0.47 µs; over h hosts a tree, 4.4 + 2·(7·1.8·0.52 + log₂ h · hop).
     """
     if hosts == 1:
         return (3.6 + 2 * 7 * 0.47) * 1e-6

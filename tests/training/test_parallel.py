@@ -265,9 +265,7 @@ def test_microbatches_take_less_memory():
 
 
 def test_a_net_without_blocks_cannot_rematerialize_them():
-    with pytest.raises(
-        UserError, match="model 'cnn' has no residual blocks"
-    ):
+    with pytest.raises(UserError, match="model 'cnn' has no residual blocks"):
         build_parts(small(train__remat=True))
 
 
