@@ -84,7 +84,8 @@ def devices(args: argparse.Namespace) -> Any:
         names = [(mode, n) for n in counts for mode in MODES]
         servers = {
             name: serving(
-                HERE, "serve-devices", args.config, name[0], sizes[name[1]], devices=name[1]
+                *(HERE, "serve-devices", args.config, name[0], sizes[name[1]], args.clock),
+                devices=name[1],
             )
             for name in names
         }
@@ -97,7 +98,7 @@ def devices(args: argparse.Namespace) -> Any:
             time_ = f"{1e3 * statistics.median(own):.1f}"
             rows.append((f"fixed {what}", count, sizes[count], mode, time_, f"{over:.2f}"))
     return (
-        f"A step of {args.config}, medians of {args.rounds} alternating turns",
+        f"A step of {args.config}, medians of {args.rounds} alternating turns, {args.clock} clock",
         ("", "devices", "batch", "mode", "ms a step", "of the ideal"),
         rows,
         [
@@ -107,7 +108,7 @@ def devices(args: argparse.Namespace) -> Any:
     )
 
 
-def serve_devices(source: str, mode: str, batch_size: str) -> None:
+def serve_devices(source: str, mode: str, batch_size: str, clock: str) -> None:
     """Takes three steps for each line on stdin, and answers with the seconds of the other two, the first untimed."""
     from bench_parts import RandomTraining
 
@@ -117,9 +118,10 @@ def serve_devices(source: str, mode: str, batch_size: str) -> None:
     training = RandomTraining(load_config(source, fields))
     for _ in sys.stdin:
         training.step()  # untimed: in the others' turns the system may have taken the pages away
-        begin = time.perf_counter()
+        now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+        begin = now()
         training.step(), training.step()
-        print((time.perf_counter() - begin) / 2, flush=True)
+        print((now() - begin) / 2, flush=True)
 
 
 # Sweeps ------------------------------------------------------------------------------------------
@@ -374,6 +376,7 @@ BENCHMARKS: dict[str, Any] = {
             "--batch-size": (64, "examples; of the fixed batch a device, on the most devices"),
             "--counts": ("1,2,4,8", "numbers of devices"),
             "--rounds": (7, "turns of each contender"),
+            "--clock": ("wall", "wall, or cpu on a busy machine: more threads get more of it"),
         },
     ),
     "sweep": (
