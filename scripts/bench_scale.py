@@ -109,7 +109,7 @@ def devices(args: argparse.Namespace) -> Any:
 
 
 def serve_devices(source: str, mode: str, batch_size: str, clock: str) -> None:
-    """Takes three steps for each line on stdin, and answers with the seconds of the other two, the first untimed."""
+    """Takes three steps for each line on stdin; answers with the seconds of the latter two."""
     from bench_parts import RandomTraining
 
     from normlab.config import load_config
