@@ -55,44 +55,20 @@ def timed(work: Any) -> tuple[float, float]:
 
 def contenders(config: Any) -> tuple[Any, Any, int]:
     """Returns a training step, a look at the layers, and the steps between two looks."""
-    import jax
-    import numpy as np
+    from bench_parts import RandomTraining
 
-    from normlab.data import training_batch
-    from normlab.training import parallel
-    from normlab.training.examples import Resident
     from normlab.training.probe import block_paths, layer_metrics
-    from normlab.training.setup import build_parts
-    from normlab.training.state import create_state
-    from normlab.training.step import Batch, make_train_step
 
-    parts = build_parts(config, need_data=False)
+    training = RandomTraining(config)
+    parts = training.parts
     config.probe.signals = bool(block_paths(parts.model, parts.info.image_shape))
-    compiler, mesh = parallel.Compiler(), parallel.make_mesh()
-    count, random = parts.info.num_train, np.random.default_rng(0)
-    images = random.integers(256, size=(count, *parts.info.image_shape), dtype=np.uint8)
-    labels = random.integers(parts.info.num_classes, size=count, dtype=np.int32)
-    feed = Resident(parallel.replicate((images, labels), mesh))
-    seed = parallel.seed_array(config.seed)
-    rows = np.arange(parts.length.batch_size, dtype=np.int32)[None]
-    state = parallel.replicate(create_state(parts, compiler), mesh)
-    train_step = make_train_step(parts.model, parts.direction, parts.schedule)
-
-    def make_batch(data: Any, seed: Any, step: Any, indices: Any) -> Batch:
-        return Batch(*training_batch(data, config.data, parts.info, seed, step, indices))
-
-    layout = parallel.make_layout(config)
-    take = parallel.take_steps(train_step, make_batch, layout, mesh, compiler)
-
-    def step() -> None:
-        nonlocal state
-        state = jax.block_until_ready(take(state, feed.examples, seed, rows))
 
     def look() -> None:
-        where = (config, parts.model, parts.info, compiler, mesh)
-        layer_metrics(*where, state.variables(), int(state.step) - 1, feed)
+        where = (config, parts.model, parts.info, training.compiler, training.mesh)
+        state = training.state
+        layer_metrics(*where, state.variables(), int(state.step) - 1, training.feed)
 
-    return step, look, max(parts.length.steps(config.log, "every", "log") or 1, 1)
+    return training.step, look, max(parts.length.steps(config.log, "every", "log") or 1, 1)
 
 
 if __name__ == "__main__":

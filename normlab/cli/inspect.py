@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", metavar="FILE.py[:choices]", help="show only what differs from another config"
     )
+    parser.add_argument(
+        "--communication",
+        type=int,
+        metavar="N",
+        help="show only what N devices tell each other in a step of training",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,6 +44,9 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.agc:
         _print_agc(config, parts.abstract_variables()["params"])
+        return 0
+    if args.communication is not None:
+        _print_communication(config, args.communication)
         return 0
     meaning = field_meanings(config)
 
@@ -104,6 +113,25 @@ def _print_agc(config: Any, params: Any) -> None:
         for path, unit in found.items()
     ]
     _print_table(("parameter", "shape", "norm over axes", "clipping", "why"), rows)
+
+
+def _print_communication(config: Any, devices: int) -> None:
+    from normlab.analysis.communication import NETWORKS, Volume, of_step
+
+    volumes = of_step(config, devices)
+    volumes["all"] = sum(volumes.values(), Volume())
+    rows = [
+        (what, str(volume.rounds), f"{volume.payload:,}", f"{volume.sent:,.0f}")
+        for what, volume in volumes.items()
+    ]
+    header = ("a step, each device", "rounds", "bytes of its own", "bytes sent over a ring")
+    _print_table(header, rows)
+    networks = [network for network in NETWORKS if network.devices == devices]
+    for network in networks:
+        times = ", ".join(
+            f"{what} {1e3 * network.seconds(volume):.2f} ms" for what, volume in volumes.items()
+        )
+        print(f"{network.name} (a model, no measurement): {times}")
 
 
 def _print_memory(parts: Any) -> None:

@@ -49,17 +49,20 @@ def read_metrics(path: Path, notes: list[str], *, required: bool) -> tuple[Curve
                 bad += 1
                 unreadable += [line_number] if bad <= 5 else []
                 continue
-            step, accuracy = integer(event.get("step")), number(event.get("accuracy"))
+            split, skipped = event.get("split"), event.get("nonfinite")
+            if split not in ("test", "probe") and not skipped:
+                continue  # as most lines: there is nothing here that a report shows
+            step = integer(event.get("step"))
             if step is None:
                 continue
-            if event.get("split") == "test" and accuracy is not None:
+            if split == "test" and (accuracy := number(event.get("accuracy"))) is not None:
                 points[step] = accuracy
-            if event.get("split") == "probe":
+            if split == "probe":
                 for name, value in event.items():
                     if _PERCENTILE.fullmatch(name) and (measured := number(value)) is not None:
                         probe.setdefault(one_line(name), {})[step] = measured
             # Counted since the line before; keyed by step: a line written twice counts once.
-            if count := number(event.get("nonfinite")):
+            if count := number(skipped):
                 passed_over[step] = count
     if unreadable == [last]:
         notes.append(f"{path.name}: the last line is cut off")
@@ -264,6 +267,8 @@ def integer(value: Any) -> int | None:
 def one_line(value: Any) -> str:
     """Returns text on one line without control characters (a terminal would obey them)."""
     text = " ".join(str(value).split())
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 

@@ -263,7 +263,7 @@ def config(sweep: Sweep) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     names = dict.fromkeys(name for fields in flat for name in fields)
     differing, common = {}, {}
     for name in names.keys() - {"seed", "schema_version"}:
-        texts = (one_line(plain_text(x[name])) if name in x else ABSENT for x in flat)
+        texts = (plain_text(x[name]) if name in x else ABSENT for x in flat)
         values = dict(Counter(texts))
         if len(values) > 1:
             differing[one_line(name)] = values

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,17 @@ class Sweep:
         choice = self.chosen.get((setting, norm))
         return tuple(
             row
-            for row in self.rows
-            if row.setting == setting and row.norm == norm
+            for row in self._cells.get((setting, norm), ())
             if choice is None or row.tuned == choice.tuned
         )
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], list[Row]]:
+        """The rows by setting and normalizer: every table and figure asks for each cell."""
+        cells: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            cells.setdefault((row.setting, row.norm), []).append(row)
+        return cells
 
     def runs(self) -> tuple[Row, ...]:
         """Returns each run once, however many settings share it."""
