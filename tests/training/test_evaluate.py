@@ -20,7 +20,7 @@ from normlab.training.state import create_state
 def evaluator(finished):
     folder, _ = finished
     compiler = parallel.Compiler()
-    parts, _, state = restore(folder, None, compiler)
+    parts, _, state = restore(folder, None)
     data = load(parts.config.data)
     mesh = parallel.make_mesh()
     examples = parallel.replicate((data.test.images, data.test.labels), mesh)

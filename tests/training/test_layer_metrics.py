@@ -129,7 +129,7 @@ def test_a_run_logs_them_at_each_log_event_and_trains_the_same(tmp_path):
     assert start.keys() - {"step", "split"} == new
     assert start["norm2/variance_gap"] != by_step[5]["norm2/variance_gap"]
     # The last line is of the final weights and the batch of the last step.
-    parts, step, state = restore(watched, None, parallel.Compiler())
+    parts, step, state = restore(watched, None)
     _, _, _, found = metrics_of(parts.config, state.variables(), step - 1)
     assert {name: by_step[12][name] for name in found} == pytest.approx(found, rel=1e-4)
 
