@@ -10,7 +10,6 @@ from normlab.config import load_config
 from normlab.data import load
 from normlab.interop import timm
 from normlab.models import build
-from normlab.training.parallel import Compiler
 from normlab.training.restore import restore
 
 SOURCE = "configs/digits.py:model=nf_resnet26"
@@ -40,7 +39,7 @@ def test_what_was_imported_is_evaluated(file, tmp_path, capsys):
     count = sum(value.size for value in jax.tree.leaves(variables))
     assert f"{count:,} parameters of nf_resnet26 in {folder}" in capsys.readouterr().out
 
-    _, step, state = restore(folder, None, Compiler())
+    _, step, state = restore(folder, None)
     assert step == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])
 
