@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.devices
 def test_statistics_over_eight_devices():
     environment = {
         **os.environ,

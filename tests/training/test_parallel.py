@@ -42,10 +42,6 @@ def on_eight_devices(file, *arguments):
     assert " passed" in ended.stdout
 
 
-def test_batch_normalization_is_the_same_on_any_layout():
-    on_eight_devices("layouts_of_norms.py", "-k", "[batch_norm- or online_norm")
-
-
 @pytest.mark.devices
 @pytest.mark.parametrize("kinds", ["batch", "not batch"])
 def test_every_normalizer_with_state_is_the_same_on_any_layout(kinds):
@@ -268,6 +264,7 @@ def test_rematerialized_blocks_give_the_large_batchs_numbers_in_less_memory():
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_microbatches_take_less_memory():
     ghost = {"batch_stats.scope": "ghost", "batch_stats.ghost_size": 16}
     plain, expected = compiled_step(**ghost)
