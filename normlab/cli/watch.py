@@ -84,8 +84,15 @@ def main(args: argparse.Namespace) -> int:
             shown.update(view(watched, now, console.width, lines), refresh=True)
             if watched.is_over():
                 return 0
-            time.sleep(args.every)
+            _sleep(args.every)
             watched.look()
+
+
+def _sleep(seconds: float) -> None:
+    """Sleeps in naps: a signal that comes just before one is only seen when it ends."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, 0.5))
 
 
 @contextlib.contextmanager
