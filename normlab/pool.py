@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from normlab import run
+from normlab import run, ways
 from normlab.environment import (
     entry_environment,
     has_accelerator,
@@ -152,6 +152,8 @@ def _way(
             why = found.get("message", "there is one device")
             tracker.say("seeds at a time", f"one after another: {why}")
         return Way("devices", 1, found.get("devices", 1))
+    if sum(planned.steps for planned in pending) < ways.WORTH_MEASURING:
+        return Way("processes", len(workers))
     if len(workers) == 1 and not may_have_devices():
         return Way("loop", 1)  # there is no other
     way, why = choose(pending, len(workers), measure, by_device=not is_deterministic())

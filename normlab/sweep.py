@@ -27,6 +27,7 @@ class PlannedRun:
     labels: Mapping[str, Any]  # setting, norm, seed
     source: str  # config file and choices
     overrides: Mapping[str, Any]  # {dotted name: value}
+    steps: int = 0  # of training
 
     @property
     def label(self) -> str:
@@ -69,6 +70,7 @@ def make_plan(
     """
     from normlab.config import flatten, layered, load_config
     from normlab.norms import NORMS
+    from normlab.run_length import RunLength
     from normlab.training.setup import build_parts, id_of
     from normlab.training.sinks import check_sinks
 
@@ -112,7 +114,8 @@ def make_plan(
             labels |= point.swept
             if point.tuned:
                 labels["tuned"] = dict(point.tuned)
-            runs.append(PlannedRun(id_of(config), labels, text, chosen))
+            steps = RunLength.of(config).num_steps
+            runs.append(PlannedRun(id_of(config), labels, text, chosen, steps))
 
     def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields as the configs have them: 4, "4" and (4,) may be one value."""

@@ -18,6 +18,7 @@ from normlab.sweep import PlannedRun
 
 WAYS = ("auto", "loop", "processes", "devices")
 SECONDS = 0.5  # of measured steps of one run alone; the others take as many steps
+WORTH_MEASURING = 2000  # steps of a sweep below which nothing is gained: processes are taken
 ENOUGH = 1.05  # how much faster a way must be than a simpler one
 
 

@@ -113,7 +113,13 @@ def sweep_in(folder, plan, jobs=None, seeds="auto"):
     return events
 
 
-def test_a_sweep_measures_says_its_choice_and_gives_the_bytes_of_any_way(tmp_path):
+def test_a_short_sweep_is_not_measured(tmp_path):
+    """Two runs of 12 steps."""
+    assert all(event.label != "seeds at a time" for event in sweep_in(tmp_path, plan_of()))
+
+
+def test_a_sweep_measures_says_its_choice_and_gives_the_bytes_of_any_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "WORTH_MEASURING", 24)
     plan = plan_of()
     events = sweep_in(tmp_path / "auto", plan)
     if len(os.sched_getaffinity(0)) > 1:

@@ -54,6 +54,7 @@ def assert_same_run(folder, other, config, drawn=True):
         np.testing.assert_allclose(value, other_state[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.devices
 def test_two_processes_make_the_run_of_one(tmp_path):
     fields = {**FIELDS, "train.num_steps": 6, "data.crop_padding": 1}
     both = ended(start(2, tmp_path / "two", fields))

@@ -257,6 +257,7 @@ def compiled_step(**fields):
     return compiled.memory_analysis().temp_size_in_bytes, compiled(*arguments)
 
 
+@pytest.mark.devices
 def test_rematerialized_blocks_give_the_large_batchs_numbers_in_less_memory():
     plain, expected = compiled_step()
     less, found = compiled_step(**{"train.remat": True})
@@ -264,7 +265,7 @@ def test_rematerialized_blocks_give_the_large_batchs_numbers_in_less_memory():
     assert_close(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.devices
 def test_microbatches_take_less_memory():
     ghost = {"batch_stats.scope": "ghost", "batch_stats.ghost_size": 16}
     plain, expected = compiled_step(**ghost)
