@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.devices
+@pytest.mark.slow  # `make devices` has all normalizers in whole nets
 def test_statistics_over_eight_devices():
     environment = {
         **os.environ,
