@@ -29,7 +29,7 @@ from normlab.environment import (
 )
 from normlab.errors import UserError
 from normlab.sweep import Plan, PlannedRun
-from normlab.ways import SECONDS, Way, choose, groups
+from normlab.ways import Way
 
 ATTEMPTS = 2  # a run whose worker died is resumed once
 ORPHAN_SECONDS = 120.0  # how long a run waits for a worker of an earlier sweep to leave
@@ -69,7 +69,7 @@ def run_plan(
     def lead() -> None:
         way = Way("processes", most) if jobs else _way(seeds, pending, workers, tracker)
         tasks: queue.SimpleQueue[list[PlannedRun]] = queue.SimpleQueue()
-        for group in groups(pending, way.together) if way.together > 1 else [[x] for x in pending]:
+        for group in ways.groups(pending, way.together):
             tasks.put(group)
         for worker in workers[way.workers :]:
             worker.close()
@@ -156,7 +156,7 @@ def _way(
         return Way("processes", len(workers))
     if len(workers) == 1 and not may_have_devices():
         return Way("loop", 1)  # there is no other
-    way, why = choose(pending, len(workers), measure, by_device=not is_deterministic())
+    way, why = ways.choose(pending, len(workers), measure, by_device=not is_deterministic())
     tracker.say("seeds at a time", why)
     return way
 
@@ -214,10 +214,10 @@ def _work(
             break
         for planned in left:
             _wait_for_orphan(folder / planned.id)
-        groups = [left]
+        tries = [left]
         for attempt in range(ATTEMPTS):
             crashed = []
-            for group in groups:
+            for group in tries:
                 for planned, outcome in worker.run(group, folder, tracker.advance):
                     if outcome.get("crashed") and not worker.stopped and attempt + 1 < ATTEMPTS:
                         crashed.append([planned])  # by itself now: one may have killed the others
@@ -226,7 +226,7 @@ def _work(
                         note(folder / planned.id, outcome)
                     states[planned.id] = outcome["state"]
                     tracker.end(planned, outcome["message"])
-            groups = crashed
+            tries = crashed
     worker.close()
 
 
@@ -344,7 +344,7 @@ class _Worker:
         """
         if self.stopped:
             return {"message": "stopped"}
-        task = {"measure": list(map(_described, group)), "seconds": SECONDS, "steps": steps}
+        task = {"measure": list(map(_described, group)), "seconds": ways.SECONDS, "steps": steps}
         for reply in self._replies(task):
             return reply
         return self._ended()

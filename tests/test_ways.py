@@ -179,8 +179,11 @@ def four_devices(monkeypatch):
 
 @pytest.mark.devices
 def test_seeds_a_device_each_give_the_numbers_of_one_after_another(tmp_path, four_devices):
-    """Six runs, two normalizers: groups of three on four devices."""
-    plan = plan_of(norms=("batch_norm", "layer_norm"), seeds=3)
+    """Six runs, two normalizers: groups of three on four devices.
+
+    Group normalization notes in each run's log how its 32 groups were settled, in that log alone.
+    """
+    plan = plan_of(norms=("batch_norm", "group_norm"), seeds=3)
     sweep_in(tmp_path / "devices", plan, seeds="devices")
     sweep_in(tmp_path / "loop", plan, seeds="loop")
     for run in plan.runs:
@@ -190,7 +193,9 @@ def test_seeds_a_device_each_give_the_numbers_of_one_after_another(tmp_path, fou
         assert beside["step_memory_bytes"] > 0
         # Without the others' compilers, which take seconds.
         assert 0 < beside["step_seconds"] < 0.2 + 5 * alone["step_seconds"]
-        assert (folders[0] / "log.txt").read_text() == (folders[1] / "log.txt").read_text()
+        log = (folders[0] / "log.txt").read_text()
+        assert log == (folders[1] / "log.txt").read_text()
+        assert ("groups" in log) == (run.labels["norm"] == "group_norm")
 
 
 def assert_same_lines(folder, other):
