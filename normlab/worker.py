@@ -18,7 +18,10 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normlab.training.programs import Programs
 
 
 def main() -> None:
@@ -27,11 +30,14 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not break the protocol
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(tasks,), daemon=True).start()
+    from normlab.training.programs import Programs
+
+    programs = Programs()
     while task := tasks.get():
-        _serve(json.loads(task), replies)
+        _serve(json.loads(task), replies, programs)
 
 
-def _serve(task: Mapping[str, Any], replies: IO[str]) -> None:
+def _serve(task: Mapping[str, Any], replies: IO[str], programs: "Programs") -> None:
     if "measure" in task:
         _send(replies, _measured(task))
         return
@@ -45,7 +51,7 @@ def _serve(task: Mapping[str, Any], replies: IO[str]) -> None:
         def on_progress(share: float) -> None:
             send(number, {"progress": share})
 
-        send(number, run_task(task["runs"][number], on_progress, seat))
+        send(number, run_task(task["runs"][number], on_progress, seat, programs))
 
     if not task["by_device"]:
         one(0)
@@ -77,7 +83,10 @@ def _measured(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_task(
-    task: Mapping[str, Any], on_progress: Callable[[float], None], seat: Any = None
+    task: Mapping[str, Any],
+    on_progress: Callable[[float], None],
+    seat: Any = None,
+    programs: "Programs | None" = None,
 ) -> dict[str, Any]:
     """Trains one planned run here; returns {"state", "message"}, and raises for no run's fault.
 
@@ -96,7 +105,8 @@ def run_task(
     try:
         config = load_config(task["source"], task["overrides"])
         folder, overrides = task["workdir"], task["overrides"]
-        result = train(config, folder, overrides=overrides, progress=progress, seat=seat)
+        shared = {"overrides": overrides, "progress": progress, "seat": seat, "programs": programs}
+        result = train(config, folder, **shared)
     except Interrupted as stop:
         return {"state": "interrupted", "message": str(stop), "signal": stop.exit_code - 128}
     except (UserError, MachineFault) as error:

@@ -23,6 +23,7 @@ from normlab.training.evaluate import Evaluator, Variables, by_split
 from normlab.training.examples import RunData, load_data
 from normlab.training.memory import HighWaterMark
 from normlab.training.probe import layer_metrics, unit_percentiles
+from normlab.training.programs import Programs
 from normlab.training.record import check_fingerprint, describe_run, note_groups
 from normlab.training.replicas import Seat, on_one_device
 from normlab.training.setup import Parts, build_parts, id_of, run_identity, shared_config
@@ -49,6 +50,7 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     seat: Seat | None = None,
+    programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Trains the run of `config` in the folder `workdir`, resuming what is there.
 
@@ -58,7 +60,8 @@ def train(
     compiled or written if the config or the folder is wrong, or the data are no longer those that
     the run began with, and Interrupted after a SIGINT or SIGTERM. Where several processes share the
     run (`training/processes.py`), process 0 alone has the folder, and all raise what one raises.
-    With a `seat` the run is one of several in this process (`training/replicas.py`).
+    With a `seat` the run is one of several in this process (`training/replicas.py`). `programs`
+    are those of this process's earlier runs, and come to hold this one's.
     """
     if seat is not None:
         config = on_one_device(config)
@@ -87,7 +90,9 @@ def train(
         processes.check_same("data's", {"fingerprint": data.fingerprint})
         processes.from_first(lambda: check_fingerprint(folder, config, data.fingerprint))
         with _noted(folder):
-            made = _Run(parts, folder, overrides or {}, progress, mesh, data, began, seat)
+            kept = programs.of(config) if programs is not None and seat is None else None
+            compiler = parallel.Compiler(parallel.in_order(config), kept)
+            made = _Run(parts, folder, overrides or {}, progress, mesh, data, began, seat, compiler)
             return made.finish()
 
 
@@ -115,12 +120,13 @@ class _Run:
         data: RunData,
         began: float,
         seat: Seat | None,
+        compiler: parallel.Compiler,
     ) -> None:
         config = parts.config
         self.parts, self.folder, self.progress = parts, folder, progress
         self.mesh, self.data, self.seat = mesh, data, seat
         self.clock, self.last_sign = began, time.perf_counter()
-        self.compiler = parallel.Compiler(parallel.in_order(config))
+        self.compiler = compiler
         self.memory = HighWaterMark()
         self.evaluator = Evaluator(parts.model, parts.info, self.mesh, self.compiler)
         how = how_to_step(parts, self.mesh)

@@ -215,11 +215,15 @@ def in_order(config: ConfigDict) -> dict[str, Any]:
 class Compiler:
     """Compiles ahead of time, so that compile time is counted apart from run time."""
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        """`options` are XLA's own, of this compiler's programs."""
+    def __init__(
+        self,
+        options: Mapping[str, Any] | None = None,
+        compiled: dict[Any, Callable[..., Any]] | None = None,
+    ) -> None:
+        """`options` are XLA's own, of this compiler's programs; `compiled` has those there are."""
         self.seconds = 0.0
         self._options = dict(options or {})
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled = {} if compiled is None else compiled
 
     def __call__(
         self,
