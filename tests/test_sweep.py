@@ -186,6 +186,7 @@ def test_a_failed_run_is_retried_and_the_others_go_on(tmp_path):
     assert set(states.values()) == {"done"}
 
 
+@pytest.mark.faults
 def test_a_killed_worker_loses_nothing_but_its_own_unfinished_steps(tmp_path):
     plan = plan_of(
         norms=("none", "layer_norm"),

@@ -118,6 +118,7 @@ def test_a_short_sweep_is_not_measured(tmp_path):
     assert all(event.label != "seeds at a time" for event in sweep_in(tmp_path, plan_of()))
 
 
+@pytest.mark.devices
 def test_a_sweep_measures_says_its_choice_and_gives_the_bytes_of_any_way(tmp_path, monkeypatch):
     monkeypatch.setattr(ways, "WORTH_MEASURING", 24)
     plan = plan_of()

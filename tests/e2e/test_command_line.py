@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import pytest
 
-from normlab.cli import COMMANDS
+from normlab.cli import COMMANDS, main
 
 TINY = [
     "--config.model.widths=(4,)",
@@ -24,13 +26,18 @@ def normlab(*arguments, timeout=120):
 
 
 def mistake(*arguments):
-    """Runs a command that must fail as a mistake; returns its one line."""
-    finished = normlab(*arguments)
-    assert finished.returncode == 2, finished.stderr
-    assert finished.stderr.startswith("normlab: ")
-    assert finished.stderr.count("\n") == 1, finished.stderr
-    assert finished.stdout == ""
-    return finished.stderr
+    """Runs a command that must fail as a mistake, in this process; returns its one line."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as error:
+        code = main([*map(str, arguments)])
+    assert code == 2, error.getvalue()
+    assert_one_line(out.getvalue(), error.getvalue())
+    return error.getvalue()
+
+
+def assert_one_line(out, error):
+    assert error.startswith("normlab: ")
+    assert error.count("\n") == 1, error
+    assert out == ""
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +243,12 @@ CONFIG = "--config=configs/digits.py"
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected):
     assert expected in mistake(*arguments)
+
+
+def test_a_mistake_ends_the_process_with_2():
+    finished = normlab("train", CONFIG, "--workdir=x", "--config.sed=1")
+    assert finished.returncode == 2
+    assert_one_line(finished.stdout, finished.stderr)
 
 
 def test_an_unwritable_workdir_and_another_configs_workdir(trained, tmp_path):

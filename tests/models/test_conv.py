@@ -46,7 +46,9 @@ def test_the_filter_gradient_of_one_pixel_by_hand():
     np.testing.assert_array_equal(back(g)[0][:, :, 0, 0], expected)
 
 
-@pytest.mark.parametrize("size", [(3, 1), (1, 0), (7, 3)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(3, 1), (1, 0), pytest.param((7, 3), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)], ids=str)
 def test_it_equals_xlas_forward_and_backward(size, strides):
     side, pad = size

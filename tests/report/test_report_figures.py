@@ -75,13 +75,13 @@ def test_equal_bytes_in_another_process(make_sweep, tmp_path):
     "name",
     [
         "$x_1",
-        "$\\nonsense{$",
-        "_under",
+        pytest.param("$\\nonsense{$", marks=pytest.mark.slow),
+        pytest.param("_under", marks=pytest.mark.slow),
         "</text><script>alert(1)</script>&amp;\"'",
-        "-->",
+        pytest.param("-->", marks=pytest.mark.slow),
         "漢字 🙂 \u202eabc",
         "a\\b(c)/../..%",
-        "x" * 300,
+        pytest.param("x" * 300, marks=pytest.mark.slow),
         "\ud800",
     ],
 )

@@ -107,6 +107,7 @@ def test_a_run_cut_off_anywhere_ends_with_the_bytes_of_one_that_was_not(finished
         assert final_parameters(other, small()) == final_parameters(folder, small())
 
 
+@pytest.mark.faults
 def test_sigkill_at_any_moment_loses_nothing(tmp_path):
     """The real thing: processes killed with SIGKILL, the same command given again."""
     fields = {"train.num_steps": 400, "checkpoint.every_steps": 20, "log.every_steps": 20}
