@@ -12,7 +12,7 @@ from normlab.cli import main
 from normlab.config import load_config
 from normlab.data import load
 from normlab.errors import UserError
-from normlab.training import loop
+from normlab.training import step as step_module
 from normlab.training.loop import train
 
 
@@ -33,14 +33,14 @@ def test_images_of_floating_point_are_refused_whatever_they_hold(tmp_path, value
 
 def poisoned(monkeypatch, steps):
     """Makes the images of some steps, counted from 0, NaN as they come out of the pipeline."""
-    make = loop.training_batch
+    make = step_module.training_batch
 
     def batch(data, config, info, seed, step, indices):
         images, *rest = make(data, config, info, seed, step, indices)
         bad = jnp.isin(step, jnp.array(steps))
         return jnp.where(bad, jnp.nan, images), *rest
 
-    monkeypatch.setattr(loop, "training_batch", batch)
+    monkeypatch.setattr(step_module, "training_batch", batch)
 
 
 def test_a_step_on_nan_is_counted_and_changes_nothing(tmp_path, monkeypatch):
