@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install install-dev install-parity demo test test-all devices faults parity slurm lint bench clean
+.PHONY: install install-dev install-parity demo test test-all commands devices faults parity slurm lint bench clean
 
 install: $(VENV)/installed            ## make the environment: exact pins, then normlab itself
 
@@ -34,10 +34,13 @@ demo: install                         ## compare six normalizers on digits, thre
 	  --setting='batch of 1:batch_stats.scope=ghost,batch_stats.ghost_size=1'
 
 test: install-dev                     ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow and not parity and not slurm and not devices and not faults' -n auto
+	$(BIN)/python -m pytest -m 'not slow and not commands and not devices and not faults and not slurm and not parity' -n auto
 
 test-all: install-dev                 ## all tests; NORMLAB_DATA=DIR adds those on CIFAR-10 and MNIST
 	$(BIN)/python -m pytest -n auto
+
+commands: install-dev                 ## the README's commands, and what else a user types
+	$(BIN)/python -m pytest -m 'commands and not slow' -n auto
 
 devices: install-dev                  ## every layout: eight virtual devices, several processes
 	$(BIN)/python -m pytest -m 'devices and not slow' -n auto

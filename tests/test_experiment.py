@@ -90,7 +90,10 @@ LIGHT = ("batch_norm_mnist",)
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in LIGHT else pytest.mark.slow) for name in names()],
+    [
+        pytest.param(name, marks=pytest.mark.commands if name in LIGHT else pytest.mark.slow)
+        for name in names()
+    ],
 )
 def test_every_experiment_runs_at_smoke_scale(name, tmp_path, capsys):
     """Of a few steps: its runs end, its verdict is given, its page is written."""
@@ -102,6 +105,7 @@ def test_every_experiment_runs_at_smoke_scale(name, tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.commands
 def test_what_a_scale_declares_is_not_the_command_lines(write, tmp_path):
     """A tuple of a scale is a list in sweep.json, on both sides."""
     folder = tmp_path / "runs"
@@ -273,6 +277,7 @@ def test_the_same_command_runs_nothing_again(write, tmp_path, capsys):
     assert (folder / "report.html").read_bytes() == report
 
 
+@pytest.mark.commands
 def test_a_rate_is_chosen_for_each_normalizer_on_validation_data(write, tmp_path):
     fields = SMALL | {"data.num_validation": 137}
     rates = "grid({'norm': ['none', 'layer_norm']}) * tune({'optim.base_lr': [0.001, 0.05]})"
@@ -289,6 +294,7 @@ def test_the_public_names_are_there():
         assert hasattr(experiments, name)
 
 
+@pytest.mark.commands
 def test_a_papers_page_is_kept_beside_the_experiments(tmp_path, capsys):
     tiny = ["--config.train.num_steps=10", "--config.eval.every_steps=5", "--seeds=2"]
     folders = [f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'kept'}"]

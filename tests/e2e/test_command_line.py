@@ -102,6 +102,7 @@ def test_a_diverged_run_exits_with_3(tmp_path):
     assert "diverged" in finished.stdout
 
 
+@pytest.mark.commands
 def test_compare_ends_with_the_table_and_the_paths(tmp_path):
     folder = tmp_path / "comparison"
     command = (

@@ -68,6 +68,7 @@ def test_the_make_targets_exist():
             assert line.split()[1] in targets
 
 
+@pytest.mark.commands
 def test_the_commands(checkout):
     """In one test, in the README's order: some look at what others made."""
     for line in commands():
@@ -87,6 +88,7 @@ def test_the_commands(checkout):
         assert ended.stdout.strip(), line
 
 
+@pytest.mark.commands
 def test_the_demo(tmp_path):
     """The command of `make demo` with one seed and small nets: 14 runs of the 42."""
     dry = subprocess.run(
@@ -113,6 +115,7 @@ def test_the_demo(tmp_path):
         assert (tmp_path / "demo" / name).exists()
 
 
+@pytest.mark.commands
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_the_snippets(checkout, number):
     snippet = blocks("python")[number]

@@ -86,6 +86,7 @@ def test_a_signal_during_the_last_evaluation_ends_the_run_at_once(finished, tmp_
     assert lines(tmp_path) == lines(folder)
 
 
+@pytest.mark.faults
 def test_a_run_cut_off_anywhere_ends_with_the_bytes_of_one_that_was_not(finished, tmp_path):
     folder, _ = finished
 
