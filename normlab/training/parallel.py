@@ -222,7 +222,7 @@ class Compiler:
     ) -> None:
         """`options` are XLA's own, of this compiler's programs; `compiled` has those there are."""
         self.seconds = 0.0
-        self._options = dict(options or {})
+        self.options = dict(options or {})
         self._compiled = {} if compiled is None else compiled
 
     def __call__(
@@ -246,7 +246,7 @@ class Compiler:
             # What all processes read must be whole in each; XLA alone may leave it in parts.
             whole = NamedSharding(make_mesh(), PartitionSpec()) if jax.process_count() > 1 else None
             jitted = mapped or jax.jit(function, donate_argnums=donate, out_shardings=whole)
-            self._compiled[key] = jitted.lower(*arguments).compile(self._options)
+            self._compiled[key] = jitted.lower(*arguments).compile(self.options)
             self.seconds += time.perf_counter() - start
         return self._compiled[key]
 

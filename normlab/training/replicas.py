@@ -110,6 +110,7 @@ class Seat:
 
         `compiler` is that of `alone`. After a signal, when the others are gone, it takes no step.
         """
+        self.compiler.options = compiler.options  # all runs differ in their seed alone
 
         def take(state: Any, data: Any, seed: Any, rows: np.ndarray) -> Any:
             arguments = (state, data, seed, rows)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from normlab.training import parallel
-from normlab.training.replicas import Room, run_together
+from normlab.training.replicas import Room, Seat, run_together
 from normlab.training.signals import Signals
 
 
@@ -35,6 +35,13 @@ def asked(room, *counts):
 
 def program(state, data, seed, rows):
     return {"weights": state["weights"] + data + seed, "step": state["step"] + rows.shape[0]}
+
+
+def test_what_all_take_is_compiled_as_each_would_be():
+    seat = Seat(Room(jax.devices()[:1], Signals()), 0, parallel.Compiler())
+    own = parallel.Compiler({"xla_disable_hlo_passes": "cse_barrier_expander"})
+    seat.taking(program, program, own)
+    assert seat.compiler.options == {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def test_a_run_alone_in_its_room_takes_its_steps_there():
