@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import re
@@ -181,11 +180,6 @@ def find_config(path_text: str) -> Path:
     folder = path.parent if path.parent.is_dir() else _repository() / "configs"
     names = [str(path.parent / file.name) for file in sorted(folder.glob("*.py"))]
     raise UserError(f"config file {path_text!r} does not exist{nearest(path_text, names)}")
-
-
-def base_source() -> str:
-    """Returns the source text of configs/base.py, where the common fields have their meanings."""
-    return find_config("configs/base.py").read_text(encoding="utf-8")
 
 
 def _repository() -> Path:
@@ -421,25 +415,3 @@ def run_id(identity: Mapping[str, Any]) -> str:
     """Returns the first 12 hex digits of the SHA-256 of the identity's canonical JSON."""
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-# Meanings ----------------------------------------------------------------------------------------
-
-
-def meanings(source: Any) -> dict[str, str]:
-    """Returns {field name: meaning} from the comments that trail fields in source code.
-
-    `source` is text, or a module or class whose source is read. A field is `config.a.b = 1  # why`,
-    `add_duration(config, "a.b", ...)  # why` or, in a class, `name: int = 1  # why`.
-    """
-    text = source if isinstance(source, str) else inspect.getsource(source)
-    patterns = (
-        r"^\s*config\.([\w.]+) = .*?  # (.+)$",
-        r"^\s*add_duration\(config, \"([\w.]+)\".*\)  # (.+)$",
-        r"^    (\w+): .*?  # (.+)$",
-    )
-    return {
-        name: meaning.strip()
-        for pattern in patterns
-        for name, meaning in re.findall(pattern, text, flags=re.MULTILINE)
-    }

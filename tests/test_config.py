@@ -13,11 +13,11 @@ from normlab.config import (
     identity,
     layered,
     load_config,
-    meanings,
     run_id,
     to_json,
 )
 from normlab.errors import UserError
+from normlab.meanings import field_meanings, meanings
 from normlab.models import MODELS
 from normlab.norms import NORMS
 from normlab.optim import OPTIMIZERS
@@ -323,8 +323,6 @@ def test_meanings_come_from_comments():
     + [f"optimizer={name}" for name in OPTIMIZERS],
 )
 def test_every_field_has_a_meaning(choice):
-    from normlab.cli.inspect import field_meanings
-
     config = load_config(f"configs/cifar10.py:{choice}")
     meaning = field_meanings(config)
     assert [name for name in flatten(config) if not meaning.get(name)] == []

@@ -1,8 +1,7 @@
 """`normlab inspect`: what a config is, before anything is computed."""
 
 import argparse
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 HELP = "show every resolved field, the parameters and the normalizers by layer; computes nothing"
@@ -32,6 +31,7 @@ def main(args: argparse.Namespace) -> int:
 
     from normlab import models, optim
     from normlab.config import field_type, flatten, load_config
+    from normlab.meanings import field_meanings
     from normlab.models.layers import norm_layers
     from normlab.training.setup import build_parts, id_of
 
@@ -164,36 +164,6 @@ def _cost(model: Any, image_shape: tuple[int, ...]) -> str:
     flops = xla_flops(model, image_shape)
     beside = "" if flops is None else f"; XLA counts {flops:,.0f} operations, a loop's once"
     return f"{macs(model, image_shape):,} multiply-accumulates an image{beside}"
-
-
-def field_meanings(config: Any) -> dict[str, str]:
-    """Returns {dotted name: meaning} from the comments beside the fields' definitions."""
-    from normlab.config import UNITS, base_source, flatten, meanings
-    from normlab.models import CONVS, MODELS
-    from normlab.norms import NORMS
-    from normlab.optim import OPTIMIZERS
-
-    found = meanings(base_source())
-    registries: dict[str, Mapping[str, Any]] = {
-        "norm": NORMS,
-        "model": MODELS,
-        "conv": CONVS,
-        "optim": OPTIMIZERS,
-    }
-    for section, registry in registries.items():
-        found[f"{section}.kind"] = "chosen after the colon (read-only)"
-        for cls in reversed(registry[config[section].kind].__mro__):
-            if cls.__module__.startswith("normlab."):
-                fields = meanings(inspect.getsource(cls))
-                found |= {f"{section}.{name}": text for name, text in fields.items()}
-    for name in flatten(config):
-        stem, _, unit = name.rpartition("_")
-        if unit in UNITS and name not in found:
-            text = found.get(stem) or found.get(f"{stem}_steps", "")
-            found[name] = f"{text} [{unit}]" if text else ""
-        elif unit in UNITS and f"{stem}_epochs" in flatten(config):
-            found[name] = f"{found[name]} [{unit}]"
-    return found
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`normlab inspect --against`: two configs side by side, both of which must be sound."""
 
 from normlab.cli import main
-from normlab.cli.inspect import field_meanings
 from normlab.config import load_config
+from normlab.meanings import field_meanings
 
 DIGITS = "configs/digits.py"
 

@@ -312,7 +312,7 @@ def test_derivatives_agree_with_differences_forward_and_backward(name):
 
 @EVERY
 def test_every_field_has_a_comment_that_gives_its_meaning(name):
-    from normlab.config import meanings
+    from normlab.meanings import meanings
     from normlab.norms import FACTORY_FIELDS
 
     skipped = {"name", "parent", "scale_init", "bias_init", *FACTORY_FIELDS}
