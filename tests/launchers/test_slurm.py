@@ -174,7 +174,7 @@ def test_a_run_whose_time_is_up_and_one_that_is_preempted_end_with_the_same_byte
 def test_a_run_longer_than_its_jobs_time_takes_several_turns(tmp_path):
     """The time limit itself. SLURM gives warning up to a minute before it is asked to."""
     there, here = tmp_path / "there", tmp_path / "here"
-    fields = LONG | {"train.num_steps": "80000", "eval.every_steps": "80000"}
+    fields = LONG | {"train.num_steps": "300000", "eval.every_steps": "300000"}  # minutes
     typed = Typed(there, ("none",), fields, options="poll=0.5,time=2,grace=60")
     [run_id] = until(lambda: list(jobs(there)))
     while typed.process.poll() is None:
