@@ -8,9 +8,11 @@ import dataclasses
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 
 from normlab.environment import entry_environment
@@ -90,6 +92,25 @@ def _check(place: Place, names: Mapping[str, str]) -> None:
         )
 
 
+def check_reachable(place: Place, seconds: float = 20.0) -> None:
+    """Raises UserError if the coordinator's host has no address after so long.
+
+    The name of a pod or a node may be known only a while after it starts.
+    """
+    host = place.coordinator.rpartition(":")[0].strip("[]")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"the coordinator's host {host!r} has no address: {error.strerror}"
+                ) from error
+        time.sleep(0.5)
+
+
 # Environments ------------------------------------------------------------------------------------
 
 
@@ -110,6 +131,10 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     if not all(name in environment for name in names):
         raise UserError("--distributed in a SLURM job: start it with srun, which says who is who")
     nodes, count, index, step = (environment[name] for name in names)
+    if not first_node(nodes):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodes!r} is no list of nodes, e.g. node[07-12],login"
+        )
     job = _whole("SLURM_JOB_ID", environment["SLURM_JOB_ID"])
     # Above the ports that Linux hands out by itself, which end at 60999.
     port = 61440 + (job + _whole("SLURM_STEP_ID", step)) % 4096
@@ -121,9 +146,12 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def first_node(nodes: str) -> str:
-    """Returns the first name of a list as SLURM writes it: node[007-012,31],login -> node007."""
-    match = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
-    return "".join(part or "" for part in match.groups()) if match else nodes
+    """Returns the first name of a list as SLURM writes it: node[007-012,31],login -> node007.
+
+    "" if that is no list.
+    """
+    match = re.match(r"([^,\[\]]*)(?:\[(\w+)[^\[\]]*\])?([^,\[\]]*)(?:,|$)", nodes)
+    return "".join(part or "" for part in match.groups()) if match else ""
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:

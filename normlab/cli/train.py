@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     """Trains and prints; returns 0, or 3 if the run diverged."""
     place = _place(args)
     if place is not None and not hosts.is_watched():
+        hosts.check_reachable(place, min(20, args.distributed_timeout))
         return hosts.watch(args.command_line, place, args.distributed_timeout)
     from normlab.config import load_config
 

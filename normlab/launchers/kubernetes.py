@@ -41,6 +41,13 @@ class Kubernetes:
     grace: int = 120  # seconds in which a pod that is told to end saves its run
     attempts: int = 3  # further ones of a run whose pod failed; preemption does not count
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a place that is none in a pod."""
+        for option in ("mount", "data_mount"):
+            path = getattr(self, option)
+            if not path.startswith("/"):
+                raise UserError(f"launcher: {option}={path!r} must begin with '/', as '/{path}'")
+
     def __call__(
         self,
         plan: Plan,

@@ -90,8 +90,8 @@ def train(
         processes.check_same("data's", {"fingerprint": data.fingerprint})
         processes.from_first(lambda: check_fingerprint(folder, config, data.fingerprint))
         with _noted(folder):
-            kept = programs.of(config) if programs is not None and seat is None else None
-            compiler = parallel.Compiler(parallel.in_order(config), kept)
+            kept = None if programs is None else programs.of(config, parts.info, parts.length)
+            compiler = parallel.Compiler(parallel.in_order(config), kept, mesh)
             made = _Run(parts, folder, overrides or {}, progress, mesh, data, began, seat, compiler)
             return made.finish()
 

@@ -219,11 +219,16 @@ class Compiler:
         self,
         options: Mapping[str, Any] | None = None,
         compiled: dict[Any, Callable[..., Any]] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """`options` are XLA's own, of this compiler's programs; `compiled` has those there are."""
+        """`options` are XLA's own, of this compiler's programs, for the devices of `mesh`.
+
+        `compiled` has those that there are, perhaps for other devices, too.
+        """
         self.seconds = 0.0
         self.options = dict(options or {})
-        self._compiled = {} if compiled is None else compiled
+        self.compiled = {} if compiled is None else compiled
+        self._devices = () if mesh is None else tuple(mesh.device_ids.flat)
 
     def __call__(
         self,
@@ -239,23 +244,24 @@ class Compiler:
         replicas it is `function(state, batch)`, a replica of it on each device.
         """
         shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments))
-        key = (name, jax.tree.structure(arguments), shapes)
-        if key not in self._compiled:
+        key = (name, self._devices, jax.tree.structure(arguments), shapes)
+        if key not in self.compiled:
             start = time.perf_counter()
             mapped = _replicas(function, layout, arguments[1], donate) if layout else None
             # What all processes read must be whole in each; XLA alone may leave it in parts.
             whole = NamedSharding(make_mesh(), PartitionSpec()) if jax.process_count() > 1 else None
             jitted = mapped or jax.jit(function, donate_argnums=donate, out_shardings=whole)
-            self._compiled[key] = jitted.lower(*arguments).compile(self.options)
+            self.compiled[key] = jitted.lower(*arguments).compile(self.options)
             self.seconds += time.perf_counter() - start
-        return self._compiled[key]
+        return self.compiled[key]
 
     def planned_bytes(self, name: str) -> int | None:
         """Returns what XLA plans that the largest program of a name holds on one device.
 
         Arguments, results and temporaries; None if there is none, or no plan.
         """
-        plans = [_planned_bytes(made) for key, made in self._compiled.items() if key[0] == name]
+        own = [made for key, made in [*self.compiled.items()] if key[:2] == (name, self._devices)]
+        plans = map(_planned_bytes, own)
         return max((plan for plan in plans if plan is not None), default=None)
 
 

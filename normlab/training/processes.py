@@ -50,7 +50,10 @@ def is_first() -> bool:
 
 def are_several() -> bool:
     """Returns whether the run has more than this process."""
-    return jax.process_count() > 1
+    try:
+        return jax.process_count() > 1
+    except RuntimeError as error:  # the first that asks for devices, e.g. JAX_PLATFORMS=tpuu
+        raise UserError(f"JAX finds no devices: {str(error).splitlines()[0]}") from error
 
 
 # Beginning and end -------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ class Seat:
 
         `compiler` is that of `alone`. After a signal, when the others are gone, it takes no step.
         """
-        self.compiler.options = compiler.options  # all runs differ in their seed alone
+        # All runs differ in their seed alone.
+        self.compiler.options, self.compiler.compiled = compiler.options, compiler.compiled
 
         def take(state: Any, data: Any, seed: Any, rows: np.ndarray) -> Any:
             arguments = (state, data, seed, rows)
@@ -153,7 +154,8 @@ def run_together(works: Sequence[Callable[[Seat], T]], signals: Signals) -> list
     devices = jax.local_devices()[: len(works)]
     if len(devices) < len(works):
         raise ValueError(f"{len(works)} runs do not fit {len(devices)} devices")
-    room, compiler = Room(devices, signals), parallel.Compiler()
+    room = Room(devices, signals)
+    compiler = parallel.Compiler(mesh=Mesh(np.array(devices), (parallel.SEEDS,)))
     results: dict[int, T] = {}
     faults: list[BaseException] = []
 

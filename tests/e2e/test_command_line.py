@@ -252,6 +252,14 @@ def test_a_mistake_ends_the_process_with_2():
     assert_one_line(finished.stdout, finished.stderr)
 
 
+def test_a_platform_that_is_none_is_a_mistake(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpuu")
+    finished = normlab("train", CONFIG, "--workdir=x")
+    assert finished.returncode == 2
+    assert_one_line(finished.stdout, finished.stderr)
+    assert "JAX finds no devices: Unable to initialize backend 'tpuu'" in finished.stderr
+
+
 def test_an_unwritable_workdir_and_another_configs_workdir(trained, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in mistake("train", CONFIG, f"--workdir={tmp_path / 'file' / 'x'}")

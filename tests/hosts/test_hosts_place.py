@@ -4,7 +4,7 @@ import pytest
 
 from normlab.cli import main
 from normlab.errors import UserError
-from normlab.hosts import Place, _Heard, find_place, first_node, lost
+from normlab.hosts import Place, _Heard, check_reachable, find_place, first_node, lost
 
 SLURM = {
     "SLURM_JOB_ID": "5000",
@@ -56,6 +56,19 @@ def test_a_flag_goes_before_a_variable():
 )
 def test_the_first_of_slurms_nodes(nodes, first):
     assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize("nodes", ["n[1-", "n]1", "[", ",a"])
+def test_what_is_no_list_of_nodes_is_refused(nodes):
+    assert first_node(nodes) == ""
+    with pytest.raises(UserError, match="is no list of nodes"):
+        find_place(environment=SLURM | {"SLURM_STEP_NODELIST": nodes})
+
+
+def test_a_coordinator_whose_name_is_unknown_is_said_before_anything_starts():
+    check_reachable(Place("127.0.0.1:1", 2, 1))
+    with pytest.raises(UserError, match=r"host 'nohost\.invalid' has no address"):
+        check_reachable(Place("nohost.invalid:1", 2, 1), seconds=0)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_options_become_fields_of_their_types():
         ("slrum", "unknown launcher 'slrum'; did you mean 'slurm'?"),
         ("slurm:partion=gpu", "'partion'; did you mean 'partition'?"),
         ("slurm:gpus", "'gpus' is not option=value"),
+        ("kubernetes:image=a,claim=c,mount=runs", "mount='runs' must begin with '/', as '/runs'"),
         ("slurm:gpus=two", "gpus='two' is not a whole number"),
         ("slurm:gpus=-1", "gpus='-1' is not a whole number"),
         ("slurm:memory=0", "memory='0' is not a number above 0"),

@@ -1,9 +1,13 @@
 """What one seed of a config has compiled, the next seeds of it take as it is."""
 
+import dataclasses
+
 import pytest
 from small_run import SMALL
 
 from normlab.config import load_config
+from normlab.data import describe
+from normlab.run_length import RunLength
 from normlab.training.loop import train
 from normlab.training.programs import Programs
 
@@ -38,23 +42,37 @@ def test_a_seed_after_another_gives_the_bytes_that_it_gives_alone(source, fields
     assert after["step_memory_bytes"] == alone["step_memory_bytes"]
 
 
-def config(**fields):
-    return load_config(
-        "configs/digits.py", {name.replace("__", "."): x for name, x in fields.items()}
-    )
+def of(programs, **fields):
+    fields = {name.replace("__", "."): value for name, value in fields.items()}
+    config = load_config("configs/digits.py", fields)
+    return programs.of(config, describe(config.data), RunLength.of(config))
 
 
-def test_programs_are_those_of_a_config_in_all_but_its_seed():
+@pytest.mark.parametrize(
+    "field", [{"optim__base_lr": 0.3}, {"probe__signals": True}, {"parallel__pad_batch": True}]
+)
+def test_programs_are_those_of_a_config_in_all_but_its_seed(field):
     programs = Programs()
-    kept = programs.of(config(seed=1))
-    assert programs.of(config(seed=2)) is kept
-    assert programs.of(config(optim__base_lr=0.3)) is not kept
+    kept = of(programs, seed=1)
+    assert of(programs, seed=2) is kept
+    assert of(programs, seed=2, **field) is not kept
+
+
+def test_a_data_set_that_has_grown_has_programs_of_its_own():
+    """Its schedule is longer, though its batches look the same."""
+    config, programs = load_config("configs/digits.py"), Programs()
+    info, length = describe(config.data), RunLength.of(config)
+    kept = programs.of(config, info, length)
+    assert programs.of(config, info, length) is kept
+    more = dataclasses.replace(length, num_steps=2 * length.num_steps)
+    assert programs.of(config, info, more) is not kept
+    assert programs.of(config, dataclasses.replace(info, mean=(0.25,)), length) is not kept
 
 
 def test_of_more_configs_than_are_kept_those_used_last_stay():
     programs = Programs(most=2)
-    a, b = programs.of(config(optim__base_lr=0.1)), programs.of(config(optim__base_lr=0.2))
-    assert programs.of(config(optim__base_lr=0.1)) is a
-    programs.of(config(optim__base_lr=0.3))
-    assert programs.of(config(optim__base_lr=0.1)) is a
-    assert programs.of(config(optim__base_lr=0.2)) is not b
+    a, b = of(programs, optim__base_lr=0.1), of(programs, optim__base_lr=0.2)
+    assert of(programs, optim__base_lr=0.1) is a
+    of(programs, optim__base_lr=0.3)
+    assert of(programs, optim__base_lr=0.1) is a
+    assert of(programs, optim__base_lr=0.2) is not b
